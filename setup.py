@@ -46,6 +46,7 @@ X86_ISAS = {
         "-mprefer-vector-width=512",
     ],
 }
+SYSTEM_CUDA = Path("/usr/local/cuda")
 DEFAULT_CUDA_ARCHS = ("75", "80", "90", "100", "120")
 # What the results rest on, after the user's own flags: every instruction set and nvcc must round alike.
 STRICT_MATH = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -204,11 +205,11 @@ def find_nvcc() -> Path:
     # pip's packages, looked for in the environment that is installed to: an isolated build has another sys.path.
     sites = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path])
     pip_packages = [nvcc for site in sites if site for nvcc in sorted(Path(site).glob("nvidia/cu*/bin/nvcc"))[::-1]]
-    for nvcc in [Path("/usr/local/cuda/bin/nvcc"), *pip_packages]:
+    for nvcc in [SYSTEM_CUDA / "bin" / "nvcc", *pip_packages]:
         if nvcc.exists():
             return nvcc
     raise CudaUnavailable(
-        "nvcc not found (looked at CUDA_HOME, PATH, /usr/local/cuda and pip's cuda-toolkit[nvcc,cudart,cccl])"
+        f"nvcc not found (looked at CUDA_HOME, PATH, {SYSTEM_CUDA} and pip's cuda-toolkit[nvcc,cudart,cccl])"
     )
 
 
