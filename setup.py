@@ -367,9 +367,9 @@ def run_ninja(path: Path) -> None:
             print(line, end="", flush=True)
             output.append(line)
     if process.returncode:
-        errors = [line.strip() for line in output if re.search(r"error|undefined reference|Killed|not found", line)]
-        first = next((line for line in errors if not line.startswith("[")), output[-1].strip() if output else "")
-        raise BuildError(f"compilation failed: {first[:300]}")
+        telling = re.compile(r"(^|[\s:])error\b|undefined reference|multiple definition|cannot find|Killed|not found")
+        first = next(filter(telling.search, output), output[-1] if output else "")
+        raise BuildError(f"compilation failed: {first.strip()[:300]}")
 
 
 def stable_pybind11(folder: Path) -> Path:

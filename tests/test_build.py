@@ -51,7 +51,8 @@ TINY_CSRC = {
 
 
 def build_info() -> ModuleType:
-    return pytest.importorskip("fused._build_info", reason="fused was not built by setup.py")
+    module: ModuleType = pytest.importorskip("fused._build_info", reason="fused was not built by setup.py")
+    return module
 
 
 @pytest.fixture(scope="module")
