@@ -1,0 +1,79 @@
+// Every entry point of the extension. It knows addresses, numbers and Python objects; torch is met in Python only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/driver.h"
+#include "host_table.h"
+#include "rules.h"
+
+namespace py = pybind11;
+using namespace fused;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::list rule_info() {
+  py::list rules;
+#define X(name, ...) rules.append(py::make_tuple(#name, int(__VA_ARGS__::kStates), int(__VA_ARGS__::kHypers)));
+  FUSED_RULES(X)
+#undef X
+  return rules;
+}
+
+py::list built_isas() {
+  py::list names;
+#define X(name) names.append(#name);
+  FUSED_ISA_LIST
+#undef X
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fused; torch-free, addressed by pointers.";
+
+  m.def("rule_info", &rule_info, "(name, states, hyperparameters) of every rule, in table order");
+  m.def("built_isas", &built_isas, "instruction sets that were compiled, best last");
+  m.def("isa", &isa, "instruction set in use");
+  m.def("select_isa", &select_isa, py::arg("name"), "use another instruction set; '' for the best this processor has");
+  m.def("max_threads", &max_threads);
+
+  py::class_<StepControl>(m, "StepControl")
+      .def(py::init([](uintptr_t norm_total, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t grad_norm, uintptr_t skipped,
+                       double max_norm, double grad_multiplier, uint64_t seed, bool norm_is_max, bool skip_nonfinite) {
+             return StepControl{pointer<const double>(norm_total), pointer<const float>(grad_scale),
+                                pointer<const float>(found_inf),   pointer<float>(grad_norm),
+                                pointer<float>(skipped),           max_norm,
+                                grad_multiplier,                   seed,
+                                norm_is_max,                       skip_nonfinite};
+           }),
+           py::arg("norm_total") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("grad_norm") = 0,
+           py::arg("skipped") = 0, py::arg("max_norm") = -1.0, py::arg("grad_multiplier") = 1.0, py::arg("seed") = 0,
+           py::arg("norm_is_max") = false, py::arg("skip_nonfinite") = false);
+
+  py::class_<HostTable>(m, "HostTable")
+      .def(py::init<py::list>(), py::arg("hyper_names_by_rule"))
+      .def("resize", &HostTable::resize, py::arg("rows"), py::arg("groups"))
+      .def("bind", &HostTable::bind, py::arg("index"), py::arg("param"), py::arg("watched"), py::arg("state"), py::arg("fields"))
+      .def("refresh", &HostTable::refresh, py::arg("param_groups"))
+      .def("read_hypers", &HostTable::read_hypers, py::arg("param_groups"), py::arg("rule_of_group"))
+      .def("active_params", &HostTable::active_params)
+      .def_readonly("active_generation", &HostTable::active_generation)
+      .def_readonly("generation", &HostTable::generation);
+
+  m.def(
+      "reduce_cpu",
+      [](const HostTable& table, bool maximum, uintptr_t row_values, uintptr_t total) {
+        reduce(table.rows, maximum, pointer<double>(row_values), pointer<double>(total));
+      },
+      py::arg("table"), py::arg("maximum"), py::arg("row_values"), py::arg("total"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "update_cpu",
+      [](const HostTable& table, const StepControl& control) { update(table.rows, table.groups, control); },
+      py::arg("table"), py::arg("control"), py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,188 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "../prologue.h"
+#include "kernels.h"
+
+namespace fused {
+
+#define X(isa) namespace isa { extern const Kernels kernels; }
+FUSED_ISA_LIST  // the instruction sets that were built, in rising order
+#undef X
+
+namespace {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 16384;
+// What a tensor costs beside its elements, in elements.
+constexpr int64_t kRowCost = 96;
+
+bool supported(const char* name) {
+#if defined(__x86_64__)
+  const std::string isa = name;
+  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return std::string(name) == "baseline";
+}
+
+const Kernels* find(const std::string& name) {
+  const Kernels* best = nullptr;
+#define X(isa) \
+  if (supported(#isa) && (name.empty() || name == #isa)) best = &isa::kernels;
+  FUSED_ISA_LIST  // in rising order: the last one supported wins
+#undef X
+  return best;
+}
+
+const Kernels* initial() {
+  const char* wanted = std::getenv("FUSED_ISA");
+  const Kernels* kernels = find(wanted != nullptr ? wanted : "");
+  return kernels != nullptr ? kernels : find("");
+}
+
+const Kernels* active = initial();
+
+// A piece of one tensor: elements [begin, end).
+struct Piece {
+  size_t row;
+  int64_t begin, end;
+};
+
+// Splits the rows with a gradient evenly between threads, at multiples of kChunk within a tensor.
+class Partition {
+ public:
+  Partition(const std::vector<TensorRow>& rows, int threads) : rows_(rows), threads_(threads), total_(0) {
+    for (const TensorRow& row : rows) total_ += cost(row);
+  }
+
+  template <class Body>
+  void for_each(int thread, Body body) const {
+    const int64_t from = bound(thread), to = bound(thread + 1);
+    int64_t position = 0;
+    for (size_t r = 0; r < rows_.size() && position < to; ++r) {
+      const TensorRow& row = rows_[r];
+      const int64_t size = cost(row);
+      if (size > 0 && position + size > from) {
+        const int64_t begin = element(row, from - position), end = element(row, to - position);
+        if (begin < end) body(Piece{r, begin, end});
+      }
+      position += size;
+    }
+  }
+
+ private:
+  static int64_t cost(const TensorRow& row) { return row.grad == nullptr || row.numel == 0 ? 0 : row.numel + kRowCost; }
+  int64_t bound(int thread) const { return thread == threads_ ? total_ : total_ / threads_ * thread; }
+
+  static int64_t element(const TensorRow& row, int64_t offset) {
+    if (offset <= 0) return 0;
+    if (offset >= row.numel) return row.numel;
+    return std::min(row.numel, (offset + kChunk / 2) / kChunk * kChunk);
+  }
+
+  const std::vector<TensorRow>& rows_;
+  int threads_;
+  int64_t total_;
+};
+
+int threads_for(const std::vector<TensorRow>& rows) {
+  int64_t elements = 0;
+  for (const TensorRow& row : rows) elements += row.grad == nullptr ? 0 : row.numel + kRowCost;
+  return int(std::max<int64_t>(1, std::min<int64_t>(max_threads(), elements / kElementsPerThread)));
+}
+
+template <class Body>
+void parallel(int threads, Body body) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      // A dynamic environment may hand out fewer threads than asked for: each then plays several parts.
+      for (int part = omp_get_thread_num(); part < threads; part += omp_get_num_threads()) body(part);
+    }
+    return;
+  }
+#endif
+  for (int part = 0; part < threads; ++part) body(part);
+}
+
+}  // namespace
+
+const char* isa() { return active->name; }
+
+void select_isa(const std::string& name) {
+  const Kernels* kernels = find(name);
+  if (kernels == nullptr) throw std::invalid_argument("instruction set '" + name + "' is not built or not supported here");
+  active = kernels;
+}
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values, double* total) {
+  std::vector<size_t> first(rows.size() + 1, 0);
+  for (size_t r = 0; r < rows.size(); ++r)
+    first[r + 1] = first[r] + (rows[r].grad == nullptr ? 0 : size_t((rows[r].numel + kChunk - 1) / kChunk));
+  std::vector<Reduction> partial(first.back());
+
+  const int threads = threads_for(rows);
+  const Partition partition(rows, threads);
+  parallel(threads, [&](int thread) {
+    partition.for_each(thread, [&](const Piece& piece) {
+      for (int64_t begin = piece.begin; begin < piece.end; begin += kChunk)
+        partial[first[piece.row] + size_t(begin / kChunk)] =
+            active->reduce(rows[piece.row], begin, std::min(begin + kChunk, piece.end), maximum);
+    });
+  });
+
+  double value = 0.0, nonfinite = 0.0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    double row_value = 0.0;
+    bool row_nonfinite = false;
+    for (size_t i = first[r]; i < first[r + 1]; ++i) {
+      row_value = maximum ? max_nan(partial[i].value, row_value) : row_value + partial[i].value;
+      row_nonfinite |= partial[i].nonfinite;
+    }
+    value = maximum ? max_nan(row_value, value) : value + row_value;
+    nonfinite += row_nonfinite;
+    if (row_values != nullptr) row_values[r] = row_value;
+  }
+  total[0] = value;
+  total[1] = nonfinite;
+}
+
+void update(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, const StepControl& control) {
+  const StepDecision decision = decide(control);
+  if (decision.skip) return;
+  for (const TensorRow& row : rows)
+    if (row.grad != nullptr && row.step != nullptr) *row.step += 1.0f;
+
+  const int threads = threads_for(rows);
+  const Partition partition(rows, threads);
+  parallel(threads, [&](int thread) {
+    partition.for_each(thread, [&](const Piece& piece) {
+      const TensorRow& row = rows[piece.row];
+      // A rule without a count has history: "not the first step".
+      const double step = row.step != nullptr ? double(*row.step) : 2.0;
+      active->update(row, groups[size_t(row.group)], piece.begin, piece.end, {step, decision.grad_factor, control.seed});
+    });
+  });
+}
+
+}  // namespace fused

@@ -1,0 +1,30 @@
+// The CPU kernels: one set per instruction set, chosen at run time by driver.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "../table.h"
+
+namespace fused {
+
+constexpr int64_t kChunk = 8192;  // elements; threads meet at multiples of it, partial sums are kept per chunk
+
+struct UpdateContext {
+  double step;         // count including this update
+  double grad_factor;  // loss unscaling, averaging and clipping in one
+  uint64_t seed;
+};
+
+// Sum of squares, or largest magnitude, of a range; nonfinite elements propagate.
+struct Reduction {
+  double value;
+  bool nonfinite;
+};
+
+struct Kernels {
+  const char* name;
+  void (*update)(const TensorRow&, const GroupRow&, int64_t begin, int64_t end, const UpdateContext&);
+  Reduction (*reduce)(const TensorRow&, int64_t begin, int64_t end, bool maximum);
+};
+
+}  // namespace fused

@@ -1,0 +1,264 @@
+#include "host_table.h"
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace fused {
+namespace {
+
+// The C exchange interface of DLPack 1.2, as far as it is used (https://dmlc.github.io/dlpack). The layout is a stable ABI.
+struct DLTensor {
+  void* data;
+  struct { int32_t type, index; } device;
+  int32_t ndim;
+  struct { uint8_t code, bits; uint16_t lanes; } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  struct { uint32_t major, minor; } version;
+  void* previous;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  int (*dltensor_from_py_object)(void* object, DLTensor* out);
+  void* current_work_stream;
+};
+
+const DLPackExchangeAPI* find_exchange() {
+  const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != 1 || api->dltensor_from_py_object == nullptr)
+    throw std::runtime_error("this torch offers DLPack exchange " + std::to_string(api->version.major) + "." +
+                             std::to_string(api->version.minor) + ", version 1 is needed");
+  return api;
+}
+
+const DLPackExchangeAPI& exchange() {
+  static const DLPackExchangeAPI* api = find_exchange();
+  return *api;
+}
+
+enum DLCode : uint8_t { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
+
+uint8_t format_of(uint8_t code, uint8_t bits, int64_t& numel) {
+  if (code == kDLComplex) {  // a complex number is two reals
+    numel *= 2;
+    bits = uint8_t(bits / 2);
+    code = kDLFloat;
+  }
+  if (code == kDLFloat && bits == 32) return kFloat32;
+  if (code == kDLFloat && bits == 64) return kFloat64;
+  if (code == kDLFloat && bits == 16) return kFloat16;
+  if (code == kDLBfloat && bits == 16) return kBFloat16;
+  return kNone;
+}
+
+// Stands for the address of a tensor without elements, which torch gives as null: null means "no gradient" in a row.
+void* const kNoElements = reinterpret_cast<void*>(uintptr_t{64});
+
+void* data_of(PyObject* tensor) {
+  DLTensor t;
+  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+PyObject* grad_name() {
+  static PyObject* name = PyUnicode_InternFromString("grad");
+  return name;
+}
+
+double number_at(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double number = PyFloat_AsDouble(value);  // bool, int, numpy scalars, tensors
+  if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
+}  // namespace
+
+bool TensorView::same_place(const TensorView& other) const {
+  if (ndim != other.ndim || numel != other.numel || device_type != other.device_type || device_index != other.device_index)
+    return false;
+  for (int d = 0; d < ndim; ++d)
+    if (shape[d] != other.shape[d] || (shape[d] != 1 && numel != 0 && stride[d] != other.stride[d])) return false;
+  return true;
+}
+
+bool TensorView::same_layout(const TensorView& other) const { return format == other.format && same_place(other); }
+
+bool view_of(PyObject* tensor, TensorView& view) {
+  DLTensor t;
+  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.ndim > TensorView::kMaxDims || t.dtype.lanes != 1) return false;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.device_type = t.device.type;
+  view.device_index = t.device.index;
+  view.ndim = t.ndim;
+  view.numel = 1;
+  for (int d = 0; d < t.ndim; ++d) {
+    view.shape[d] = t.shape[d];
+    view.stride[d] = t.strides[d];
+    view.numel *= t.shape[d];
+  }
+  view.format = format_of(t.dtype.code, t.dtype.bits, view.numel);
+  return view.format != kNone;
+}
+
+HostTable::HostTable(py::list hyper_names_by_rule) {
+  for (const py::handle rule : hyper_names_by_rule) {
+    std::vector<HyperName> names;
+    for (const py::handle item : py::cast<py::list>(rule)) {
+      const auto pair = py::cast<py::tuple>(item);
+      py::object key = py::cast<py::object>(pair[0]);
+      names.push_back({py::cast<py::str>(key), py::cast<int>(pair[1])});
+    }
+    if (names.size() > kMaxHypers) throw std::invalid_argument("too many hyperparameters for a rule");
+    hyper_names_.push_back(std::move(names));
+  }
+}
+
+void HostTable::resize(size_t row_count, size_t group_count) {
+  rows.assign(row_count, TensorRow{});
+  groups.assign(group_count, GroupRow{});
+  entries_.assign(row_count, Entry{});
+  ++generation;
+  ++active_generation;
+}
+
+void HostTable::bind(size_t index, py::object param, bool watched, py::object state, py::dict fields) {
+  TensorRow row{};
+  const auto address = [&](const char* name) -> void* {
+    return fields.contains(name) ? reinterpret_cast<void*>(py::cast<uintptr_t>(fields[name])) : nullptr;
+  };
+  const auto number = [&](const char* name) -> int64_t { return fields.contains(name) ? py::cast<int64_t>(fields[name]) : 0; };
+  row.param = address("param");
+  row.grad = address("grad");
+  if (row.grad == nullptr && fields.contains("grad")) row.grad = kNoElements;
+  row.master = address("master");
+  row.step = static_cast<float*>(address("step"));
+  row.numel = number("numel");
+  row.group = int32_t(number("group"));
+  row.stream = uint32_t(number("stream"));
+  row.rule = uint8_t(number("rule"));
+  row.stochastic = uint8_t(number("stochastic"));
+  row.param_format = uint8_t(number("param_format"));
+  row.grad_format = uint8_t(number("grad_format"));
+  row.master_format = uint8_t(number("master_format"));
+  int k = 0;
+  if (fields.contains("states"))
+    for (const py::handle item : fields["states"]) {  // (address, format, scale address)
+      const auto part = py::cast<py::tuple>(item);
+      row.state[k] = reinterpret_cast<void*>(py::cast<uintptr_t>(part[0]));
+      row.state_format[k] = py::cast<uint8_t>(part[1]);
+      row.scale[k] = reinterpret_cast<void*>(py::cast<uintptr_t>(part[2]));
+      ++k;
+    }
+
+  Entry entry;
+  entry.param = std::move(param);
+  entry.watched = watched && view_of(entry.param.ptr(), entry.view);
+  entry.ready = row.grad != nullptr;
+  entry.foreign = number("foreign") != 0;
+  if (py::isinstance<py::dict>(state)) {
+    for (const auto item : py::reinterpret_borrow<py::dict>(state)) {
+      if (py::hasattr(item.second, "data_ptr"))
+        entry.tensors.push_back({py::reinterpret_borrow<py::object>(item.first), item.second.ptr(), data_of(item.second.ptr())});
+    }
+    entry.state = std::move(state);
+  }
+  rows[index] = row;
+  entries_[index] = std::move(entry);
+  ++generation;
+  ++active_generation;
+}
+
+// True if the row holds for the live objects, with the gradient's address brought up to date.
+bool HostTable::unchanged(Entry& entry, TensorRow& row) {
+  if (!entry.watched) return false;
+  TensorView view;
+  if (!view_of(entry.param.ptr(), view) || view.data != entry.view.data || !view.same_layout(entry.view)) return false;
+  if (entry.foreign) return true;
+
+  const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.param.ptr(), grad_name()));
+  if (!grad) throw py::error_already_set();
+  const void* address = nullptr;
+  if (!grad.is_none()) {
+    if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;
+    address = view.numel != 0 ? view.data : kNoElements;
+    if (row.grad_format != view.format) {
+      row.grad_format = view.format;
+      ++generation;
+    }
+  }
+  if (row.grad != address) {
+    active_generation += (row.grad == nullptr) != (address == nullptr);
+    row.grad = address;
+    ++generation;
+  }
+
+  if (entry.state) {
+    if (Py_REFCNT(entry.state.ptr()) == 1) return false;  // the optimizer let go of this dictionary
+    for (const Watched& watched : entry.tensors) {
+      PyObject* tensor = PyDict_GetItemWithError(entry.state.ptr(), watched.key.ptr());
+      if (tensor != watched.tensor || data_of(tensor) != watched.data) return false;
+    }
+  }
+  return true;
+}
+
+py::list HostTable::active_params() const {
+  py::list params;
+  for (size_t i = 0; i < rows.size(); ++i)
+    if (rows[i].grad != nullptr) params.append(entries_[i].param);
+  return params;
+}
+
+py::object HostTable::refresh(const py::list& param_groups) {
+  static PyObject* const params_name = PyUnicode_InternFromString("params");
+  py::list attention;
+  size_t index = 0;
+  for (const py::handle group : param_groups) {
+    PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
+    if (params == nullptr || !PyList_Check(params)) return py::none();
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++index) {
+      if (index >= entries_.size() || entries_[index].param.ptr() != PyList_GET_ITEM(params, i)) return py::none();
+      if (!unchanged(entries_[index], rows[index])) attention.append(index);
+    }
+  }
+  if (index != entries_.size()) return py::none();
+  return std::move(attention);
+}
+
+void HostTable::read_hypers(const py::list& param_groups, const std::vector<int>& rule_of_group) {
+  static PyObject* const maximize_name = PyUnicode_InternFromString("maximize");
+  for (size_t g = 0; g < groups.size(); ++g) {
+    PyObject* group = PyList_GET_ITEM(param_groups.ptr(), Py_ssize_t(g));
+    const auto& names = hyper_names_[size_t(rule_of_group[g])];
+    for (size_t h = 0; h < names.size(); ++h) {
+      PyObject* value = PyDict_GetItemWithError(group, names[h].key.ptr());
+      if (value == nullptr) throw py::key_error("parameter group " + std::to_string(g) + " has no option '" + std::string(names[h].key) + "'");
+      if (names[h].item >= 0) {
+        const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, names[h].item));
+        if (!item) throw py::error_already_set();
+        groups[g].hyper[h] = number_at(item.ptr());
+      } else {
+        groups[g].hyper[h] = number_at(value);
+      }
+    }
+    PyObject* maximize = PyDict_GetItemWithError(group, maximize_name);
+    groups[g].grad_sign = maximize != nullptr && PyObject_IsTrue(maximize) == 1 ? -1.0 : 1.0;
+  }
+}
+
+}  // namespace fused

@@ -1,0 +1,85 @@
+// The host side of the tables: which tensors, where, what changed since the last step.
+//
+// Python describes a row once (`bind`). From then on `refresh` walks the parameter groups in C once per step and compares
+// every address and layout with the cached row: in steady state the host's work is a few pointer comparisons per tensor.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace fused {
+
+// Dtype, shape and place of a tensor as of the last look.
+struct TensorView {
+  static constexpr int kMaxDims = 8;
+  void* data = nullptr;
+  int64_t numel = 0;  // real numbers: a complex element counts twice
+  uint8_t format = kNone;
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  int32_t ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+
+  // Same dtype, device, shape and, where a size exceeds one, strides.
+  bool same_layout(const TensorView& other) const;
+  bool same_place(const TensorView& other) const;  // shape, strides and device, dtype apart
+};
+
+// Reads a torch tensor without creating Python objects. False: it has none of the known dtypes, too many dimensions, or
+// cannot be exported, and Python has to look at it.
+bool view_of(PyObject* tensor, TensorView& view);
+
+class HostTable {
+ public:
+  explicit HostTable(pybind11::list hyper_names_by_rule);
+
+  void resize(size_t rows, size_t groups);
+  // Row `index`: the parameter object, the state dictionary and the tensors in it whose identity is watched, and the
+  // row's fields. `watched` false: Python looks at this row before every step.
+  void bind(size_t index, pybind11::object param, bool watched, pybind11::object state, pybind11::dict fields);
+  // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
+  // groups hold other parameters than the table.
+  pybind11::object refresh(const pybind11::list& param_groups);
+  // Copies the hyperparameters of every group out of its dictionary; a tensor is read at its address.
+  void read_hypers(const pybind11::list& param_groups, const std::vector<int>& rule_of_group);
+
+  std::vector<TensorRow> rows;
+  std::vector<GroupRow> groups;
+  uint64_t generation = 0;         // counts changes of `rows`
+  uint64_t active_generation = 0;  // counts changes of which rows have a gradient
+
+  // The parameters that have a gradient, in table order.
+  pybind11::list active_params() const;
+
+ private:
+  struct Watched {
+    pybind11::object key;
+    PyObject* tensor;  // borrowed from the state dictionary
+    void* data;
+  };
+  struct Entry {
+    pybind11::object param;
+    pybind11::object state;
+    std::vector<Watched> tensors;
+    TensorView view;
+    bool watched = false;
+    bool foreign = false;  // another table updates it
+    bool ready = false;  // state exists: a gradient may be used
+  };
+
+  bool unchanged(Entry& entry, TensorRow& row);
+
+  std::vector<Entry> entries_;
+  struct HyperName {
+    pybind11::str key;
+    int item;  // index into a tuple such as betas, or -1
+  };
+  std::vector<std::vector<HyperName>> hyper_names_;
+};
+
+}  // namespace fused

@@ -1,0 +1,27 @@
+"""Fused optimizers for PyTorch: drop-in ``torch.optim`` classes that step the whole model at once."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .lion import Lion
+from .optimizer import FusedOptimizer
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+try:
+    __version__ = version("fused-optim")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusedOptimizer",
+    "Lion",
+    "RMSprop",
+]

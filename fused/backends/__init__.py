@@ -1,0 +1,75 @@
+"""The only place that asks which device and what is available."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..state import local
+
+if TYPE_CHECKING:
+    from ..optimizer import FusedOptimizer
+    from ..plan import Batch
+
+try:
+    from .. import _C as extension
+except ImportError as error:  # built without a compiler, or for another platform
+    extension = None  # type: ignore[assignment]
+    EXTENSION_ERROR = str(error)
+else:
+    EXTENSION_ERROR = ""
+
+
+def status() -> dict[str, tuple[bool, str]]:
+    """Whether each backend is available, and why not."""
+    return {
+        "cuda": _cuda_status(),
+        "triton": _triton_status(),
+        "cpu": (extension is not None, f"the compiled extension does not import: {EXTENSION_ERROR}" * (extension is None)),
+        "reference": (True, ""),
+    }
+
+
+def _cuda_status() -> tuple[bool, str]:
+    return False, "the CUDA kernels are not part of this build"
+
+
+def _triton_status() -> tuple[bool, str]:
+    return False, "the Triton kernels are not part of this version"
+
+
+def choose(device: torch.device, requested: str | None) -> str:
+    """Name of the backend for tensors on ``device``.
+
+    Raises:
+        RuntimeError: ``requested`` is not available, or not made for that device.
+    """
+    serves = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
+    known = status()
+    if requested is not None:
+        available, reason = known[requested]
+        if not available:
+            raise RuntimeError(f"backend={requested!r} is not available: {reason}")
+        if requested != "reference" and requested not in serves:
+            raise RuntimeError(f"backend={requested!r} does not serve parameters on device {device}")
+        return requested
+    return next((name for name in serves if known[name][0]), "reference")
+
+
+def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
+    """Divides the optimizer's parameters into batches by backend and device."""
+    requested = optimizer._options["backend"]
+    places: dict[tuple[str, torch.device], list[int]] = {}
+    for index, (group, _, param) in enumerate(optimizer._parameters()):
+        device = local(param).device
+        by_autograd = optimizer.param_groups[group].get("differentiable") or torch.compiler.is_compiling()
+        name = "reference" if by_autograd else choose(device, requested)
+        places.setdefault((name, device), []).append(index)
+    return [_batch_class(name)(optimizer, device, indices) for (name, device), indices in places.items()]
+
+
+def _batch_class(name: str) -> Any:
+    module = importlib.import_module(f".{name}", __package__)
+    return module.Batch

@@ -1,0 +1,196 @@
+"""Batches that are described to kernels by a table of addresses, kept from step to step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import state as state_storage
+from ..optimizer import parameter_name
+from ..plan import Control
+from ..precision import FORMAT_OF_DTYPE, Format, Storage
+from ..rules import RULES
+from ..state import local
+from . import extension
+
+if TYPE_CHECKING:
+    from ..optimizer import FusedOptimizer
+
+
+class TableBatch:
+    """Keeps the host table of one device in step with the live parameters, gradients and state.
+
+    The table watches the plain cases itself (``csrc/host_table.cpp``); a row comes here only where something changed, or
+    where it needs a copy in another layout: a parameter with gaps or overlaps between its elements, a gradient with other
+    strides than its parameter. Such copies are made before the update and written back after it.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
+        self.optimizer = optimizer
+        self.device = device
+        self.mine = frozenset(indices)
+        self.members = [(g, i, param) for g, i, param in optimizer._parameters()]
+        self.rules = [optimizer._rule(group) for group in optimizer.param_groups]
+        self.rule_of_group = [rule.index for rule in self.rules]
+        self.table = extension.HostTable([list(rule.hypers) for rule in RULES.values()])
+        self.table.resize(len(self.members), len(optimizer.param_groups))
+        self.staged: dict[int, list[Tensor]] = {}
+        self.write_back: list[tuple[Tensor, Tensor]] = []
+        self.active: list[Tensor] = []
+        self.active_generation = -1
+        for index, (_, _, param) in enumerate(self.members):
+            self.table.bind(index, param, index not in self.mine, None, {"foreign": index not in self.mine})
+
+    def refresh(self) -> bool:
+        """Brings the table up to date; see :class:`fused.plan.Batch`."""
+        attention = self.table.refresh(self.optimizer.param_groups)
+        if attention is None:
+            return False
+        if attention:
+            if any(local(self.members[index][2]).device != self.device for index in attention):
+                return False
+            self.write_back.clear()
+            for index in attention:
+                self._check(index)
+            for index in attention:
+                self._bind(index)
+        self.table.read_hypers(self.optimizer.param_groups, self.rule_of_group)
+        if self.table.active_generation != self.active_generation:
+            self.active_generation = self.table.active_generation
+            self.active = self.table.active_params()
+        return True
+
+    def _finish(self) -> None:
+        """After the update: write copies back, tell autograd."""
+        for target, source in self.write_back:
+            target.copy_(source)
+        if self.active:
+            increment_version(self.active)
+
+    def _name(self, index: int) -> str:
+        g, i, _ = self.members[index]
+        return parameter_name(self.optimizer.param_groups[g], i)
+
+    def _check(self, index: int) -> None:
+        """Raises where a row cannot be stepped, before anything is changed."""
+        g, _, param = self.members[index]
+        grad = param.grad
+        if grad is None:
+            return
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} does not support sparse gradients ({grad.layout} of {self._name(index)})"
+            )
+        if grad.shape != param.shape or local(grad).device != self.device:
+            raise RuntimeError(
+                f"the gradient of {self._name(index)} has shape {tuple(grad.shape)} on {grad.device}, "
+                f"its parameter {tuple(param.shape)} on {param.device}"
+            )
+        for kind, tensor in (("parameter", param), ("gradient", grad)):
+            if tensor.dtype not in FORMAT_OF_DTYPE:
+                raise RuntimeError(f"the {kind} of {self._name(index)} has dtype {tensor.dtype}, which has no optimizer step")
+        Storage.of(self.optimizer.param_groups[g]).check(param, self._name(index))
+
+    def _bind(self, index: int) -> None:
+        """Describes one row to the table, initializing state where there is none."""
+        g, _, param = self.members[index]
+        group, rule = self.optimizer.param_groups[g], self.rules[g]
+        self.staged.pop(index, None)
+        plain = not is_traceable_wrapper_subclass(param)
+        if param.grad is None:
+            self.table.bind(index, param, plain, None, {})
+            return
+        state = state_storage.initialize(self.optimizer, group, param)
+        storage = Storage.of(group)
+        value, grad = _real(local(param.detach())), _real(local(param.grad.detach()))
+        direct = plain and is_dense(value)
+        dense = value
+        if not is_dense(value):
+            dense = torch.empty_like(value).copy_(value)
+            self.staged.setdefault(index, []).append(dense)
+            self.write_back.append((value, dense))
+        if not same_strides(grad, dense):
+            direct = False
+            grad = torch.empty_like(dense, dtype=grad.dtype).copy_(grad)
+            self.staged.setdefault(index, []).append(grad)
+        fields: dict[str, Any] = {
+            "param": dense.data_ptr(),
+            "grad": grad.data_ptr(),
+            "numel": dense.numel(),
+            "group": g,
+            "stream": index,
+            "rule": rule.index,
+            "stochastic": storage.stochastic_rounding,
+            "param_format": FORMAT_OF_DTYPE[dense.dtype],
+            "grad_format": FORMAT_OF_DTYPE[grad.dtype],
+        }
+        if "step" in state:
+            fields["step"] = state["step"].data_ptr()
+        self._bind_master(fields, state, dense)
+        fields["states"] = [self._state_fields(state, name, dense, name not in rule.nonnegative) for name in rule.states]
+        self.table.bind(index, param, direct, state, fields)
+
+    def _bind_master(self, fields: dict[str, Any], state: dict[str, Any], dense: Tensor) -> None:
+        for key in (state_storage.MASTER, state_storage.REMAINDER):
+            if key in state:
+                master = _laid_out(state, key, dense)
+                fields["master"] = master.data_ptr()
+                fields["master_format"] = {
+                    torch.float32: Format.FLOAT32,
+                    torch.int16: Format.REMAINDER16,
+                    torch.int8: Format.REMAINDER8,
+                }[master.dtype]
+
+    def _state_fields(self, state: dict[str, Any], name: str, dense: Tensor, signed: bool) -> tuple[int, int, int]:
+        value = _laid_out(state, name, dense)
+        if value.dtype == torch.uint8:
+            form = Format.BLOCK8_SIGNED if signed else Format.BLOCK8_UNSIGNED
+            return value.data_ptr(), form, state[name + state_storage.SCALE].data_ptr()
+        return value.data_ptr(), FORMAT_OF_DTYPE[value.dtype], 0
+
+    def reduce(self, norm_type: float) -> Tensor:
+        """One read of the gradients; see :class:`fused.plan.Batch`."""
+        raise NotImplementedError
+
+    def update(self, control: Control) -> None:
+        """The optimizer step; see :class:`fused.plan.Batch`."""
+        raise NotImplementedError
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex tensors as pairs of reals."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:
+    """A state tensor with the strides of its parameter, replaced in ``state`` by a copy where it has others."""
+    value = _real(local(state[name]))
+    if same_strides(value, dense):
+        return value
+    copy = torch.empty_like(dense, dtype=value.dtype).copy_(value)
+    if local(state[name]) is state[name]:
+        state[name] = torch.view_as_complex(copy) if state[name].is_complex() else copy
+    else:
+        state[name]._local_tensor = copy
+    return copy
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape visit memory alike."""
+    return all(
+        size == 1 or left == right for size, left, right in zip(a.shape, a.stride(), b.stride(), strict=True)
+    ) or a.numel() == 0
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory without gaps or overlaps, in any order."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True

@@ -1,0 +1,241 @@
+"""The base class of every optimizer: torch.optim's contract around the engine's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import state as state_storage
+from .plan import Plan
+from .precision import Storage, parse_master_weights, parse_state_dtype
+from .rules import Rule
+
+GROUP_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
+"""Options of the engine that may differ between parameter groups."""
+
+OPTIMIZER_OPTIONS = ("seed", "max_grad_norm", "norm_type", "skip_nonfinite", "amp_scaling", "backend")
+"""Options of the engine that hold for the whole optimizer."""
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword options that every optimizer takes; :class:`FusedOptimizer` documents them."""
+
+    master_weights: str | None
+    state_dtype: torch.dtype | str | None
+    stochastic_rounding: bool
+    seed: int
+    max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+    amp_scaling: bool
+    backend: str | None
+
+
+class FusedOptimizer(Optimizer):
+    r"""A ``torch.optim.Optimizer`` whose step updates the whole model at once.
+
+    Subclasses name a rule; everything else (dtypes, master weights, clipping, skipping, layouts, backends) lives here and
+    below, once.
+
+    Args:
+        params: parameters, named parameters, or groups of either.
+        defaults: hyperparameters of the rule, torch.optim's keys.
+        master_weights: how bfloat16 and float16 parameters keep a float32 master. None: they are all there is;
+            ``"fp32"``: a float32 copy (+4 bytes); ``"split"``: a 16-bit remainder (+2 bytes; exactly float32 for
+            bfloat16); ``"split8"``: an 8-bit remainder (+1 byte). May differ per group.
+        state_dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``"int8"`` (blocks of 64 with a scale);
+            None: the parameter's dtype, float32 beside master weights. May differ per group.
+        stochastic_rounding: round to a lower precision with the probability of the distance, reproducibly from ``seed``.
+            May differ per group.
+        seed: of the stochastic rounding.
+        max_grad_norm: clip the global norm of all gradients to this; None: do not. The factor is applied during the
+            update, ``p.grad`` is left as it is.
+        norm_type: 2.0 or ``inf``.
+        skip_nonfinite: skip the whole step, the step count included, where any gradient is infinite or NaN.
+        amp_scaling: let ``torch.amp.GradScaler`` hand its scale to the step instead of unscaling the gradients itself.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the best for each parameter's device.
+
+    Raises:
+        ValueError: an option has no such value, or does not fit a parameter's dtype; the message names both.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        master_weights: str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if float(norm_type) not in (2.0, float("inf")):
+            raise ValueError(f"Invalid norm_type value: {norm_type}. Use 2.0 or inf")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"Invalid backend value: {backend!r}. Use None or one of {BACKENDS}")
+        if not 0 <= int(seed) < 2**64:
+            raise ValueError(f"Invalid seed value: {seed}. Use an integer in [0, 2**64)")
+        group_options = {
+            "master_weights": parse_master_weights(master_weights),
+            "state_dtype": parse_state_dtype(state_dtype),
+            "stochastic_rounding": bool(stochastic_rounding),
+        }
+        self._options = {
+            "seed": int(seed),
+            "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
+            "norm_type": float(norm_type),
+            "skip_nonfinite": bool(skip_nonfinite),
+            "amp_scaling": bool(amp_scaling),
+            "backend": backend,
+        }
+        self._plan: Plan | None = None
+        self.grad_norm: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._incoming_found_inf: Tensor | None = None
+        super().__init__(params, {**defaults, **group_options})
+        self.defaults.update(self._options)
+        self._step_supports_amp_scaling = self._options["amp_scaling"]
+
+    # ---- what a subclass says ----
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """The rule for a parameter group."""
+        raise NotImplementedError
+
+    def _init_state(self, group: dict[str, Any], name: str, like: Tensor) -> Tensor:
+        """First value of the state ``name``: zeros of ``like``'s dtype and layout."""
+        return torch.zeros_like(like)
+
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        """Whether parameters of this group keep a step count."""
+        return self._rule(group).counts_steps or bool(group["stochastic_rounding"])
+
+    # ---- torch.optim's contract ----
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            if self._plan is None:
+                self._plan = Plan(self)
+            self._plan.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: the group carries an option of the whole optimizer, or options that do not fit its parameters.
+        """
+        if isinstance(param_group, dict):
+            for name in OPTIMIZER_OPTIONS:
+                if name in param_group:
+                    raise ValueError(f"{name}={param_group[name]!r} is an option of the whole optimizer, not of a group")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in OPTIMIZER_OPTIONS:
+            group.pop(name, None)
+        try:
+            group["state_dtype"] = parse_state_dtype(group["state_dtype"])
+            storage = Storage.of(group)
+            for index, param in enumerate(group["params"]):
+                storage.check(param, parameter_name(group, index))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a ``state_dict`` of this class or of its counterpart in torch.optim.
+
+        State keeps the dtype it was saved in, unless ``state_dtype`` asks for another. Options that torch.optim does not
+        know stay as they are where the dictionary lacks them.
+
+        Raises:
+            ValueError: the groups do not match, or the state does not fit a parameter. Nothing has changed then.
+        """
+        handle = self.register_load_state_dict_pre_hook(_wrap_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "state" in state and "param_groups" in state:
+            state = {**state, "state": state_storage.restore(self, state["state"], state["param_groups"])}
+        super().__setstate__(state)
+        self._options = {name: self.defaults[name] for name in OPTIMIZER_OPTIONS}
+        self._step_supports_amp_scaling = self._options["amp_scaling"]
+        self._plan = None
+        self.grad_norm = None
+        self._skipped = None
+        self._incoming_found_inf = None
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """1 where the last step was skipped for an infinite or NaN gradient, else 0; None where none was looked for.
+
+        ``torch.amp.GradScaler`` sets it before a step, to what it found itself, and deletes it after.
+        """
+        return self._skipped if self._incoming_found_inf is None else self._incoming_found_inf
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor | None) -> None:
+        self._incoming_found_inf = value
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self._incoming_found_inf = None
+
+    # ---- for the engine ----
+
+    def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields (group index, index within the group, parameter)."""
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                yield g, i, param
+
+
+def parameter_name(group: dict[str, Any], index: int) -> str:
+    """How messages call a parameter: by its name where the group has names, else by place and shape."""
+    names = group.get("param_names")
+    if names is not None:
+        return f"parameter '{names[index]}'"
+    return f"parameter {index} of its group (shape {tuple(group['params'][index].shape)})"
+
+
+def _wrap_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Shields the state from torch's cast to the parameter's dtype; ``state.restore`` unwraps it."""
+    current = optimizer.param_groups
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for saved, live in zip(groups, current, strict=False):
+        for name, value in live.items():
+            if name != "params":
+                saved.setdefault(name, value)
+    state = {key: state_storage.Saved(value) for key, value in state_dict["state"].items()}
+    return {**state_dict, "param_groups": groups, "state": state}
