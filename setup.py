@@ -1,4 +1,4 @@
-"""Builds ``fused._C``, the compiled kernels: C++ for the CPU and, where nvcc is found, CUDA. torch is not involved.
+r"""Builds ``fused._C``, the compiled kernels: C++ for the CPU and, where nvcc is found, CUDA. torch is not involved.
 
 Compilers are driven by ninja, incrementally, from ``build/native-*/``. The extension is optional: where it cannot be
 built, the package installs without it and ``fused/_build_info.py`` (also ``python -m fused info``) says why.
@@ -13,8 +13,14 @@ Environment:
     MAX_JOBS              compilers at a time; default: one per usable core
     FUSED_OPENMP=0|1      default: where the compiler has it, but on macOS 0, as a second OpenMP beside torch's aborts
     FUSED_WERROR=1        compiler warnings are errors (CI)
-    FUSED_SANITIZE=address,undefined    a build for finding bugs; CONTRIBUTING.md says how to run it
+    FUSED_SANITIZE=address,undefined    a build of the CPU kernels for finding bugs, see below
     FUSED_INPLACE=0       do not leave the compiled module in the source tree as well (see ``BuildExt``)
+
+With sanitizers, beside the usual installation (.ci/run does it; the runtime must be the process's first library):
+
+    FUSED_SANITIZE=address,undefined pip install --no-deps --target /tmp/sanitized .
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)" \
+        ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=/tmp/sanitized pytest tests/test_numerics.py
 """
 
 from __future__ import annotations
