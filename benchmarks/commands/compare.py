@@ -1,0 +1,90 @@
+"""`compare`: every optimizer that this package shares with another system, on every profile, beside every system that
+is importable here; ends with where this package is not first, and by how much."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..cases import Precision, get_cases
+from ..measure import measure_cell
+from ..problem import NotAvailable, Problem
+from ..report import Progress, Row, number, say, show_table, times, warn
+from ..systems import get_systems
+from .common import Run, add_common, profiles_of, show_rows
+from .step import default_profiles
+
+HELP = "every optimizer both have, against every competitor importable here"
+PRECISIONS = (Precision(), Precision("bf16"), Precision("bf16", "split", "bf16"), Precision("bf16", "split8", "int8"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    parser.add_argument("--opt", default="main", help="comma list of optimizers, 'main' or 'all'")
+    parser.add_argument("--vs", default="all", help="systems to compare with")
+    parser.add_argument("--profile", help="comma list of profiles")
+    parser.add_argument("--shape", help="comma list of shapes")
+    parser.add_argument("--n", help="shrink each profile to about this many elements")
+    parser.add_argument(
+        "--precision", default="fp32", choices=["fp32", "all"], help="float32 only, or the low-precision forms too"
+    )
+
+
+def losses(rows: Sequence[Row], margin: float = 0.97) -> list[Row]:
+    """Rows where the other system took less than `margin` of our time."""
+    return [r for r in rows if r.ok and r.system != "fused" and r.ratio is not None and r.ratio < margin]
+
+
+def summarize(rows: Sequence[Row]) -> None:
+    """Per system and storage: how many cells, the typical and the worst ratio, and where."""
+    cells = []
+    for key in dict.fromkeys((r.system, r.precision) for r in rows if r.system != "fused"):
+        mine = [r for r in rows if (r.system, r.precision) == key]
+        timed = sorted((r for r in mine if r.ok and r.ratio), key=lambda r: r.ratio or 0)
+        if timed:
+            worst, middle = timed[0], timed[len(timed) // 2]
+            where = f"{worst.optimizer} {worst.profile}"
+            first = f"{sum((r.ratio or 0) >= 0.97 for r in timed)}/{len(timed)}"
+            cells.append([key[0], key[1], timed[0].version, first, times(middle.ratio), times(worst.ratio), where])
+        elif all(r.status == "not installed" for r in mine):
+            cells.append([key[0], key[1], "not installed", "-", "-", "-", ""])
+    columns = ["system", "storage", "version", "ours first", "median", "worst", "worst at"]
+    show_table("Ours against each (time of the other / ours)", columns, cells)
+    slower = losses(rows)
+    for row in slower:
+        ours = next((r for r in rows if r.system == "fused" and r.ok and same_cell(r, row)), None)
+        say(f"not first: {row.optimizer} {row.precision} {row.profile}: {row.label} {number(row.median_ms)} ms, "
+            f"ours {number(ours.median_ms if ours else None)} ms ({times(row.ratio)})")  # fmt: skip
+    if not slower and any(r.ok and r.ratio for r in rows):
+        say("first (within 3 %) in every cell")
+
+
+def same_cell(a: Row, b: Row) -> bool:
+    return (a.bench, a.optimizer, a.precision, a.profile) == (b.bench, b.optimizer, b.precision, b.profile)
+
+
+def run(args: argparse.Namespace) -> int:
+    cases = get_cases(args.opt)
+    profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
+    systems = get_systems(args.vs, args.device)
+    precisions = PRECISIONS if args.precision == "all" else PRECISIONS[:1]
+    run_ = Run("compare", args)
+    with run_, Progress("compare", len(cases) * len(profiles) * len(precisions)) as progress:
+        for precision in precisions:
+            for case in cases:
+                rows = []
+                for profile in profiles:
+                    progress(f"{case} {precision.name} {profile.name}")
+                    try:
+                        rows += measure_cell(
+                            run_.session, case, Problem(profile, precision, run_.device), systems, "compare"
+                        )
+                    except (NotAvailable, MemoryError) as reason:
+                        warn(f"{case} {profile.name}: {reason}")
+                run_.rows += rows
+                lacking = dict.fromkeys(f"{r.system}: {r.status}" for r in rows if not r.ok and r.system != "fused")
+                shown = [r for r in rows if r.ok or r.system == "fused" or r.status.startswith("wrong")]
+                caption = "; ".join(s for s in lacking if "wrong result" not in s)
+                show_rows(f"{case.cls}, {precision.name}, {run_.device.type}", shown, caption)
+        summarize(run_.rows)
+    return run_.exit_code

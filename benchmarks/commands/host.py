@@ -1,0 +1,88 @@
+"""`host`: python and launch time of a step against the number of tensors, all so small that nothing else is left.
+
+"fresh" replaces every gradient tensor between steps, as `zero_grad(set_to_none=True)` and backward do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..cases import get_cases
+from ..measure import measure_cell
+from ..problem import Problem, Side
+from ..report import Progress, Row, number, show_table, times
+from ..shapes import get_profile
+from ..systems import System, get_systems
+from .common import Run, add_case_arguments, add_common, precision_of
+
+HELP = "time the host side of a step against the number of tensors"
+COUNTS = (1, 10, 100, 1000, 10_000)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    add_case_arguments(parser, opt="adamw")
+    parser.add_argument("--vs", default="torch", help="systems to run beside")
+    parser.add_argument("--groups", type=int, default=1, help="parameter groups to split the parameters into")
+
+
+def _swap_gradients(problem: Problem, side: Side) -> Callable[[], None]:
+    """Two sets of gradient tensors that take turns."""
+    others = [g.clone() for g in problem.gradients()]
+    params = [p for p in (*side.params, *side.extra) if p.grad is not None]
+    mine = [p.grad for p in params]
+    turns: Iterator[list[Any]] = itertools.cycle([others, mine])
+
+    def swap() -> None:
+        for p, g in zip(params, next(turns), strict=True):
+            p.grad = g
+
+    return swap
+
+
+def measure_host(
+    run: Run, case_key: str, count: int, systems: list[System], fresh: bool, args: argparse.Namespace
+) -> list[Row]:
+    (case,) = get_cases(case_key)
+    problem = Problem(get_profile(f"{count}x1"), precision_of(args), run.device)
+
+    def build(system: System) -> Side:
+        side = system.make(case, problem, run.session.options)
+        if fresh:
+            side.prepare = _swap_gradients(problem, side)
+        return side
+
+    return measure_cell(run.session, case, problem, systems, "host fresh" if fresh else "host", build)
+
+
+def run(args: argparse.Namespace) -> int:
+    cases = get_cases(args.opt)
+    systems = get_systems(args.vs, args.device)
+    counts = COUNTS[:-1] if args.quick else COUNTS
+    run_ = Run("host", args)
+    with run_, Progress("host", len(cases) * len(counts) * 2) as progress:
+        for case in cases:
+            rows = []
+            for count in counts:
+                for fresh in (False, True):
+                    progress(f"{case} {count} tensors{' fresh' if fresh else ''}")
+                    rows += measure_host(run_, case.key, count, systems, fresh, args)
+            run_.rows += rows
+            cells = [
+                [
+                    f"{r.tensors:,}",
+                    "fresh" if r.bench.endswith("fresh") else "same",
+                    r.label,
+                    number(1e3 * r.host_ms) if r.host_ms else "-",
+                    number(1e3 * r.host_ms / r.tensors) if r.host_ms else "-",
+                    "" if r.system == "fused" else times(r.ratio),
+                    r.status,
+                ]
+                for r in rows
+            ]
+            columns = ["tensors", "gradients", "system", "us per step", "us per tensor", "ours is", "status"]
+            show_table(f"Host time of {case.cls}, tensors of one element, {run_.device.type}", columns, cells)
+    return run_.exit_code

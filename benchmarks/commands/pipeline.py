@@ -1,0 +1,151 @@
+"""`pipeline`: what a training loop does after backward: unscale, check for inf and NaN, clip by the global norm, step.
+
+torch: GradScaler.unscale_, clip_grad_norm_, GradScaler.step, GradScaler.update. This package: its GradScaler and an
+optimizer with max_grad_norm, which read the gradients once for all of it. torch's way changes the gradients in place,
+so every system works on its own copy, restored before each step, untimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import Case, get_cases
+from ..measure import measure_cell
+from ..problem import NotAvailable, Problem, Side
+from ..report import Progress, Row, show_table, warn
+from ..systems import SYSTEMS, Options, System, torch_optimizer
+from .common import STEP_COLUMNS, Run, add_case_arguments, add_common, precision_of, profiles_of, step_cells
+
+HELP = "time unscale + inf check + clip + step against torch's GradScaler, clip_grad_norm_ and fused step"
+SCALE = 1024.0
+CLIP = 1.0
+CPU_SHAPES = ("1x32M", "1000x32K", "4000x256")
+GPU_SHAPES = ("huge", "gpt2-xl", "gpt2", "tiny")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    add_case_arguments(parser, opt="adamw")
+
+
+def _own_gradients(problem: Problem, params: list[Tensor]) -> Callable[[], None]:
+    """Give every parameter a private gradient; returns what restores their values."""
+    shared = problem.gradients()
+    private = [g.clone() for g in shared]
+    for p, g in zip(params, private, strict=True):
+        p.grad = g
+    return lambda: torch._foreach_copy_(private, shared)
+
+
+def _started(scaler: Any, device: torch.device) -> Any:
+    scaler.scale(torch.ones((), device=device))  # creates the scale tensor, as the first backward would
+    return scaler
+
+
+def torch_pipeline(form: str) -> Callable[[Case, Problem, Options], Side]:
+    def build(case: Case, problem: Problem, _options: Options) -> Side:
+        if form not in case.torch_forms:
+            raise NotAvailable(f"torch has no {form} {case.cls}")
+        if problem.precision.param == "fp16":
+            raise NotAvailable("torch's unscale_ refuses float16 gradients")
+        if problem.precision.master:
+            raise NotAvailable("measured without masters")
+        params = problem.parameters(grads=False)
+        restore = _own_gradients(problem, params)
+        optimizer = torch_optimizer(case, params, form)
+        scaler = _started(
+            torch.amp.GradScaler(problem.device.type, init_scale=SCALE, growth_interval=1 << 30), problem.device
+        )
+
+        def step() -> None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, CLIP)
+            scaler.step(optimizer)
+            scaler.update()
+
+        return Side(f"torch.{form}", f"torch {form}", params, step, optimizer, restore)
+
+    return build
+
+
+def fused_pipeline(case: Case, problem: Problem, options: Options) -> Side:
+    import fused
+
+    cls = getattr(fused, case.cls, None)
+    if cls is None or not hasattr(fused, "GradScaler"):
+        raise NotAvailable(f"fused has no {case.cls if cls is None else 'GradScaler'}")
+    backend = {"backend": options.backend} if options.backend else {}
+    params = problem.parameters(grads=False)
+    restore = _own_gradients(problem, params)
+    try:
+        optimizer = cls(params, max_grad_norm=CLIP, **case.kwargs, **problem.precision.options(), **backend)
+        scaler = _started(
+            fused.GradScaler(problem.device.type, init_scale=SCALE, growth_interval=1 << 30), problem.device
+        )
+    except (TypeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise NotAvailable(f"{type(error).__name__}: {error}") from None
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    return Side("fused", "fused", params, step, optimizer, restore)
+
+
+PIPELINE = {"fused": fused_pipeline, **{f"torch.{form}": torch_pipeline(form) for form in ("fused", "foreach", "loop")}}
+
+
+def measure_pipeline(
+    run: Run, case: Case, problem: Problem, forms: tuple[str, ...] = ("fused", "foreach")
+) -> list[Row]:
+    problem.set_factor(SCALE)
+
+    def build(system: System) -> Side:
+        if not system.installed():
+            raise NotAvailable("not installed")
+        return PIPELINE[system.key](case, problem, run.session.options)
+
+    systems = [SYSTEMS[f"torch.{form}"] for form in forms]
+    rows = measure_cell(run.session, case, problem, systems, "pipeline", build, clip=CLIP, scale=SCALE)
+    for row in rows:
+        if row.model_bytes is not None and row.gbs:
+            passes = 1 if row.system == "fused" else 5  # ours reads the gradient once more; torch: r+w, r, r+w
+            more = passes * problem.grad_dtype.itemsize
+            row.gbs *= (row.model_bytes + more) / row.model_bytes
+            row.model_bytes += more
+            row.copy_fraction = row.gbs / run.session.bandwidth.copy
+            if run.session.bandwidth.theoretical:
+                row.peak_fraction = row.gbs / run.session.bandwidth.theoretical
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    cases = get_cases(args.opt)
+    default = CPU_SHAPES if args.device == "cpu" else GPU_SHAPES
+    quick = ("1x4M", "100x32K", "1000x256") if args.device == "cpu" else ("1x256M", "gpt2", "tiny")
+    profiles = profiles_of(args, default, quick)
+    precision = precision_of(args)
+    run_ = Run("pipeline", args)
+    with run_, Progress("pipeline", len(cases) * len(profiles)) as progress:
+        for case in cases:
+            rows: list[Row] = []
+            for profile in profiles:
+                progress(f"{case} {profile.name}")
+                try:
+                    rows += measure_pipeline(run_, case, Problem(profile, precision, run_.device))
+                except (NotAvailable, MemoryError) as reason:
+                    warn(f"{case} {profile.name}: {reason}")
+            run_.rows += rows
+            caption = (
+                "bytes per element here: one more read of the gradient (norm, inf check and unscale together); "
+                "torch: unscale reads and writes it, the norm reads it, the clip reads and writes it"
+            )
+            show_table(
+                f"unscale + clip + {case.cls}, {precision.name}", STEP_COLUMNS, [step_cells(r) for r in rows], caption
+            )
+    return run_.exit_code

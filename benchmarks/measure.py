@@ -1,0 +1,196 @@
+"""One cell: build every side, pass the gate, time them interleaved, give rows."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bandwidth import Bandwidth
+from .cases import Case, held_bytes
+from .gate import check
+from .machine import available_memory
+from .problem import NotAvailable, Problem, Side
+from .report import Row, number
+from .systems import SYSTEMS, Options, System
+from .timing import Budget, Timed, interleave, make_clock, paired_ratio
+
+OWN = ("fused", "torch.fused", "torch.foreach", "torch.loop", "torch.compile")
+
+
+@dataclass
+class Session:
+    """What all cells of one command share."""
+
+    device: torch.device
+    budget: Budget
+    bandwidth: Bandwidth
+    options: Options = field(default_factory=Options)
+    cold_bytes: int = 0
+    out: Path | None = None
+    quick: bool = False
+    profiler: bool = False
+    wrong: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    noisy: list[str] = field(default_factory=list)
+    cells: int = 0
+
+
+def measure_cell(
+    session: Session,
+    case: Case,
+    problem: Problem,
+    systems: Sequence[System],
+    bench: str = "step",
+    build: Callable[[System], Side] | None = None,
+    clip: float | None = None,
+    scale: float = 1.0,
+) -> list[Row]:
+    """Rows of this package and of every system, measured together (in several groups when memory does not hold all)."""
+    build = build or (lambda system: system.make(case, problem, session.options))
+    rows: list[Row] = []
+    for chunk in _chunks(session, case, problem, systems):
+        rows += _measure_together(session, case, problem, chunk, bench, build, clip, scale, with_ours=not rows)
+        gc.collect()
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _chunks(session: Session, case: Case, problem: Problem, systems: Sequence[System]) -> list[list[System]]:
+    """As many systems at a time as memory holds beside ours; each counted as float32 parameters, masters and states."""
+    per_side = problem.side_bytes(max(held_bytes(case, problem.precision), 4.0 * (2 + len(case.moments))) + 4)
+    fit = int(available_memory(session.device) * 0.7 / max(per_side, 1)) - 1
+    if fit < 0:
+        raise NotAvailable(f"needs about {per_side / 2**30:.1f} GiB for each system")
+    step = max(1, min(fit, 6))
+    return [list(systems[i : i + step]) for i in range(0, max(1, len(systems)), step)]
+
+
+def _measure_together(
+    session: Session,
+    case: Case,
+    problem: Problem,
+    systems: Sequence[System],
+    bench: str,
+    build: Callable[[System], Side],
+    clip: float | None,
+    scale: float,
+    with_ours: bool,
+) -> list[Row]:
+    rows: dict[str, Row] = {}
+    sides: list[Side] = []
+    for system in [SYSTEMS["fused"], *systems]:
+        row = _blank(bench, case, problem, system, session.options)
+        rows[system.key] = row
+        try:
+            side = build(system)
+        except NotAvailable as reason:
+            row.status = f"not available: {reason}" if str(reason) != "not installed" else "not installed"
+            continue
+        row.label, row.note = side.label, side.note
+        sides.append(side)
+
+    kept = []
+    verdicts = check(case, problem, sides, clip, scale)
+    for side in sides:
+        row, verdict = rows[side.system], verdicts[side.system]
+        if isinstance(verdict, Exception):
+            if side.system in OWN and not isinstance(verdict, NotAvailable | NotImplementedError):
+                raise verdict
+            row.status = f"not available: {_brief(verdict)}"
+            continue
+        row.error = verdict.error
+        if verdict.ok:
+            kept.append(side)
+            continue
+        row.status = f"wrong result: {verdict}"
+        if side.system == "fused":
+            session.wrong.append(
+                f"{bench} {case} {problem.precision.name} {problem.profile.name} {side.label}: {verdict}"
+            )
+
+    results = interleave(kept, make_clock(session.device, session.cold_bytes), session.budget) if kept else {}
+    ours = results.get("fused")
+    for side in kept:
+        _fill(rows[side.system], session, problem, side, results[side.system], ours)
+    if not with_ours:
+        del rows["fused"]
+    return list(rows.values())
+
+
+def _brief(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0][:100]
+    return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
+
+
+def _blank(bench: str, case: Case, problem: Problem, system: System, options: Options) -> Row:
+    profile = problem.profile
+    return Row(
+        bench, case.key, problem.precision.name, profile.name, profile.tensors, profile.elements, system.key,
+        system.key, version=system.version(), groups=options.groups,
+    )  # fmt: skip
+
+
+def _fill(row: Row, session: Session, problem: Problem, side: Side, timed: Timed, ours: Timed | None) -> None:
+    wall, device = timed.wall, timed.device
+    row.rounds = wall.rounds
+    row.median_ms, row.p20_ms, row.p80_ms, row.best_ms = (1e3 * x for x in (wall.median, wall.p20, wall.p80, wall.best))
+    row.host_ms, row.device_ms = 1e3 * timed.host.median, 1e3 * device.median
+    if ours:
+        ratio = paired_ratio(timed.walls, ours.walls)
+        row.ratio, row.ratio_p20, row.ratio_p80 = ratio.median, ratio.p20, ratio.p80
+        row.device_ratio = paired_ratio(timed.devices, ours.devices).median
+    elements = max(1, problem.profile.elements)
+    row.held_bytes = side.held_bytes() / elements
+    row.model_bytes = 2 * row.held_bytes + (side.grad_bytes or problem.grad_dtype.itemsize)
+    row.gbs = row.model_bytes * elements / device.median / 1e9
+    row.copy_fraction = row.gbs / session.bandwidth.copy
+    if session.bandwidth.theoretical:
+        row.peak_fraction = row.gbs / session.bandwidth.theoretical
+    session.cells += 1
+    if wall.spread > 0.3:
+        times = f"{number(row.p20_ms)}-{number(row.p80_ms)} ms around {number(row.median_ms)}"
+        session.noisy.append(f"{row.optimizer} {row.precision} {row.profile} {row.label} ({times})")
+    if session.device.type == "cuda":
+        row.temporary_bytes, row.launches = gpu_footprint(side, session.device)
+
+
+def gpu_footprint(side: Side, device: torch.device) -> tuple[int, int | None]:
+    """Peak bytes allocated beyond what is held during one step, and the number of kernels and copies it launches."""
+    if side.prepare:
+        side.prepare()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    side.step()
+    torch.cuda.synchronize(device)
+    peak = int(torch.cuda.max_memory_allocated(device)) - int(before)
+    if side.prepare:
+        side.prepare()
+    torch.cuda.synchronize(device)
+    launches: int | None = None
+    gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            side.step()
+            torch.cuda.synchronize(device)
+        launches = len([e for e in profile.events() or () if e.device_type == gpu])
+    except RuntimeError:  # no CUPTI on this machine
+        pass
+    return peak, launches
+
+
+def settings(session: Session) -> dict[str, Any]:
+    budget = session.budget
+    return {
+        "quick": session.quick,
+        "seconds_per_side": budget.seconds,
+        "rounds": [budget.min_rounds, budget.max_rounds],
+        "cold_cache": bool(session.cold_bytes) or session.device.type == "cuda",
+        "backend": session.options.backend or "auto",
+    }
