@@ -453,8 +453,10 @@ def warn(text: str) -> None:
 
 def write_build_info(path: Path, version: str, facts: dict[str, object]) -> None:
     lines = ['"""What the build found and made; written by setup.py."""', "", f"version = {version!r}"]
+    for name, value in facts.items():
+        lines.append(f"{name}{': list[str]' if isinstance(value, list) else ''} = {value!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, *(f"{name} = {value!r}" for name, value in facts.items())]) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 class BuildPy(build_py):
