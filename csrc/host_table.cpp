@@ -70,6 +70,10 @@ void* data_of(PyObject* tensor) {
   return static_cast<char*>(t.data) + t.byte_offset;
 }
 
+// State memory is looked at in every step for models of few tensors, else for one row in kLookEvery, in turn.
+constexpr size_t kFewRows = 64;
+constexpr size_t kLookEvery = 8;
+
 PyObject* grad_name() {
   static PyObject* name = PyUnicode_InternFromString("grad");
   return name;
@@ -183,8 +187,18 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
   ++active_generation;
 }
 
+// The tensors of a state dictionary by identity, and, where `look` says so, the memory of the last one. Code that moves
+// state by assigning to `.data` moves all of it, so a look at some rows in each step finds it; a look at every address
+// would double the cost of a step's bookkeeping.
+bool HostTable::state_in_place(const Entry& entry, bool look) {
+  if (Py_REFCNT(entry.state.ptr()) == 1) return false;  // the optimizer let go of this dictionary
+  for (const Watched& watched : entry.tensors)
+    if (PyDict_GetItemWithError(entry.state.ptr(), watched.key.ptr()) != watched.tensor) return false;
+  return !look || entry.tensors.empty() || data_of(entry.tensors.back().tensor) == entry.tensors.back().data;
+}
+
 // True if the row holds for the live objects, with the gradient's address brought up to date.
-bool HostTable::unchanged(Entry& entry, TensorRow& row) {
+bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
   if (!entry.watched) return false;
   TensorView view;
   if (!view_of(entry.param.ptr(), view) || view.data != entry.view.data || !view.same_layout(entry.view)) return false;
@@ -207,12 +221,9 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row) {
     ++generation;
   }
 
-  if (entry.state) {
-    if (Py_REFCNT(entry.state.ptr()) == 1) return false;  // the optimizer let go of this dictionary
-    for (const Watched& watched : entry.tensors) {
-      PyObject* tensor = PyDict_GetItemWithError(entry.state.ptr(), watched.key.ptr());
-      if (tensor != watched.tensor || data_of(tensor) != watched.data) return false;
-    }
+  if (entry.state && !state_in_place(entry, look)) {
+    state_moved_ = true;
+    return false;
   }
   return true;
 }
@@ -228,15 +239,23 @@ py::object HostTable::refresh(const py::list& param_groups) {
   static PyObject* const params_name = PyUnicode_InternFromString("params");
   py::list attention;
   size_t index = 0;
+  state_moved_ = false;
+  ++turn_;
   for (const py::handle group : param_groups) {
     PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
     if (params == nullptr || !PyList_Check(params)) return py::none();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++index) {
       if (index >= entries_.size() || entries_[index].param.ptr() != PyList_GET_ITEM(params, i)) return py::none();
-      if (!unchanged(entries_[index], rows[index])) attention.append(index);
+      const bool look = entries_.size() <= kFewRows || index % kLookEvery == turn_ % kLookEvery;
+      if (!unchanged(entries_[index], rows[index], look)) attention.append(index);
     }
   }
   if (index != entries_.size()) return py::none();
+  if (state_moved_) {  // where one state has moved, any may have
+    attention = py::list();
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (!entries_[i].foreign) attention.append(i);
+  }
   return std::move(attention);
 }
 

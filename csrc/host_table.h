@@ -72,8 +72,11 @@ class HostTable {
     bool ready = false;  // state exists: a gradient may be used
   };
 
-  bool unchanged(Entry& entry, TensorRow& row);
+  bool unchanged(Entry& entry, TensorRow& row, bool look);
+  static bool state_in_place(const Entry& entry, bool look);
 
+  bool state_moved_ = false;
+  size_t turn_ = 0;
   std::vector<Entry> entries_;
   struct HyperName {
     pybind11::str key;

@@ -21,9 +21,9 @@ FUSED_ISA_LIST  // the instruction sets that were built, in rising order
 namespace {
 
 // Below this many elements a second thread costs more than it brings.
-constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kElementsPerThread = 32768;
 // What a tensor costs beside its elements, in elements.
-constexpr int64_t kRowCost = 96;
+constexpr int64_t kRowCost = 48;
 
 bool supported(const char* name) {
 #if defined(__x86_64__)
