@@ -115,6 +115,7 @@ def check(
             now = sample.take(problem.gradients())
             if not all(torch.equal(a, b) for a, b in zip(now, expected, strict=True)):
                 kept[side.system] = False
+                problem.restore_gradients()
     problem.set_factor(scale)
 
     want = torch.cat([(p.detach() - s).flatten() for p, s in zip(ref_params, start, strict=True)])

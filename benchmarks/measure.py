@@ -12,7 +12,7 @@ import torch
 
 from .bandwidth import Bandwidth
 from .cases import Case, held_bytes
-from .gate import check
+from .gate import Verdict, check
 from .machine import available_memory
 from .problem import NotAvailable, Problem, Side
 from .report import Row, number
@@ -38,6 +38,7 @@ class Session:
     warnings: list[str] = field(default_factory=list)
     noisy: list[str] = field(default_factory=list)
     cells: int = 0
+    goals: list[dict[str, Any]] = field(default_factory=list)
 
 
 def measure_cell(
@@ -97,6 +98,14 @@ def _measure_together(
 
     kept = []
     verdicts = check(case, problem, sides, clip, scale)
+    for i, side in enumerate(sides):
+        verdict = verdicts[side.system]
+        if isinstance(verdict, Verdict) and not verdict.gradients_kept and side.system not in OWN:
+            sides[i] = side = build(SYSTEMS[side.system])  # once more, from the start, with gradients of its own
+            side.take_private_gradients()
+            rows[side.system].note = side.note = "writes to the gradients: works on a copy"
+            problem.set_factor(1.0)
+            verdicts |= check(case, problem, [side], clip, scale)
     for side in sides:
         row, verdict = rows[side.system], verdicts[side.system]
         if isinstance(verdict, Exception):

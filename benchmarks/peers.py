@@ -26,7 +26,7 @@ def _peer(key: str, title: str, package: str, module: str, gpu: bool | None = No
     def decorate(make: Builder) -> Builder:
         def build(case: Case, problem: Problem, options: Options) -> Side:
             if gpu is not None and gpu != (problem.device.type == "cuda"):
-                raise NotAvailable(f"runs on {'a GPU' if gpu else 'the CPU'} only")
+                raise NotAvailable("GPU only" if gpu else "CPU only")
             if options.groups > 1:
                 raise NotAvailable("measured with one group only")
             params = problem.parameters()
@@ -56,12 +56,12 @@ _WITH_MASTERS = {"flashoptim", "transformer-engine", "apex"}
 
 
 def _lacks(case: Case) -> NotAvailable:
-    return NotAvailable(f"has no {case.cls} like this")
+    return NotAvailable(f"no {case.cls} like this")
 
 
 def _check_states(precision: Precision, *supported: str) -> None:
     if precision.state_name not in supported:
-        raise NotAvailable(f"has no {precision.state_name} states")
+        raise NotAvailable(f"no {precision.state_name} states")
 
 
 def _plain_adam(case: Case) -> dict[str, Any]:
@@ -88,7 +88,9 @@ def _torchao(case: Case, precision: Precision, params: list[Tensor]) -> Any:
     kwargs = _plain_adam(case)
     if precision.state_name == "int8":
         return getattr(optim, case.cls + "8bit")(params, bf16_stochastic_round=precision.stochastic, **kwargs)
-    return getattr(optim, "_" + case.cls)(params, bf16_stochastic_round=precision.stochastic, **kwargs)
+    if case.key != "adamw":
+        raise _lacks(case)
+    return optim._AdamW(params, bf16_stochastic_round=precision.stochastic, **kwargs)
 
 
 @_peer("flashoptim", "FlashOptim", "flashoptim", "flashoptim", gpu=True)

@@ -38,15 +38,14 @@ class Problem:
         self.device = torch.device(device)
         self.grad_dtype = grad_dtype or precision.dtype
         self.factor = 1.0
-        generator = torch.Generator(self.device).manual_seed(seed)
+        self.seed = seed
+        self.initial = list(self._normal(0, 0.1, precision.dtype))
+        self._grads = {self.grad_dtype: list(self._normal(1, 1.0, self.grad_dtype))}
 
-        def normal(scale: float, dtype: torch.dtype) -> list[Tensor]:
-            return [
-                torch.randn(s, generator=generator, device=self.device).mul_(scale).to(dtype) for s in profile.shapes
-            ]
-
-        self.initial = normal(0.1, precision.dtype)
-        self._grads = {self.grad_dtype: normal(1.0, self.grad_dtype)}
+    def _normal(self, stream: int, scale: float, dtype: torch.dtype) -> Iterable[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(2 * self.seed + stream)
+        for shape in self.profile.shapes:
+            yield torch.randn(shape, generator=generator, device=self.device).mul_(scale).to(dtype)
 
     def parameters(self, dtype: torch.dtype | None = None, grads: torch.dtype | bool = True) -> list[Tensor]:
         """Fresh parameters with the shared gradients attached, in the problem's dtype or `grads`; False: none."""
@@ -73,6 +72,12 @@ class Problem:
                 torch._foreach_mul_(grads, factor / self.factor)
             self.factor = factor
 
+    def restore_gradients(self) -> None:
+        """Undo what a system did to the shared gradients."""
+        for dtype, grads in self._grads.items():
+            for held, fresh in zip(grads, self._normal(1, 1.0, self.grad_dtype), strict=True):
+                held.copy_(fresh.to(dtype).mul_(self.factor))
+
     def side_bytes(self, per_param: float) -> float:
         return self.profile.elements * per_param
 
@@ -90,6 +95,15 @@ class Side:
     extra: list[Tensor] = field(default_factory=list)  # held beside parameters and state, e.g. float32 masters
     note: str = ""
     grad_bytes: int | None = None  # per element, where not the parameter's
+
+    def take_private_gradients(self) -> None:
+        """For a system that writes to the gradients: its own copy, restored before each step."""
+        params = [p for p in (*self.params, *self.extra) if p.grad is not None]
+        shared = [p.grad for p in params if p.grad is not None]
+        private = [g.clone() for g in shared]
+        for p, g in zip(params, private, strict=True):
+            p.grad = g
+        self.prepare = lambda: torch._foreach_copy_(private, shared)
 
     def held_bytes(self) -> int:
         """Bytes of parameters and everything kept between steps, as the tensors really hold them."""

@@ -78,6 +78,7 @@ class Result:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    goals: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     when: str = ""
     schema: int = SCHEMA
 

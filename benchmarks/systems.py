@@ -61,7 +61,7 @@ def _fused(case: Case, problem: Problem, options: Options) -> Side:
         raise NotAvailable(f"cannot import fused: {error}") from None
     cls = getattr(fused, case.cls, None)
     if cls is None:
-        raise NotAvailable(f"fused has no {case.cls}")
+        raise NotAvailable(f"no {case.cls} yet")
     kwargs = {**case.kwargs, **problem.precision.options(), **dict(options.fused_kwargs)}
     if options.backend:
         kwargs["backend"] = options.backend
@@ -83,7 +83,7 @@ class ForeachLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "foreach": foreach})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = group["params"]
             momenta = [self.state[p].get("exp_avg") for p in params]
@@ -118,7 +118,7 @@ def torch_optimizer(case: Case, params: Any, form: str) -> torch.optim.Optimizer
 def _torch(form: str) -> Callable[[Case, Problem, Options], Side]:
     def build(case: Case, problem: Problem, options: Options) -> Side:
         if form == "fused" and "fused" not in case.torch_forms:
-            raise NotAvailable(f"torch has no fused {case.cls}")
+            raise NotAvailable(f"no fused {case.cls}")
         label = f"torch {form}"
         precision = problem.precision
         if precision.master is None:  # the same storage, states in the parameter's dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,6 +76,7 @@ class Run:
         self.session = Session(self.device, budget, measured, options, cold, args.out, args.quick)
         self.result: Result | None = None
         self.exit_code = 0
+        self.records: list[dict[str, Any]] = []  # rows that are no timings
         say(f"{title(self.machine)} · commit {self.machine['commit'] or 'unknown'}")
         if bandwidth:
             peak = f", data sheet {measured.theoretical:,.0f} GB/s" if measured.theoretical else ""
@@ -98,10 +100,11 @@ class Run:
             warn(f"WRONG RESULT, not timed: {text}")
         if self.session.wrong:
             self.exit_code = 1
-        rows = [vars(r) for r in self.rows]
+        rows = [*map(vars, self.rows), *self.records]
         self.result = Result(
-            self.command, self.machine, self.session.bandwidth.as_dict(), rows, warnings, settings(self.session)
-        )
+            self.command, self.machine, self.session.bandwidth.as_dict(), rows, warnings, settings(self.session),
+            self.session.goals,
+        )  # fmt: skip
         if self.out:
             say(f"wrote {self.result.save(self.out)}")
 

@@ -53,10 +53,23 @@ def summarize(rows: Sequence[Row]) -> None:
     slower = losses(rows)
     for row in slower:
         ours = next((r for r in rows if r.system == "fused" and r.ok and same_cell(r, row)), None)
-        say(f"not first: {row.optimizer} {row.precision} {row.profile}: {row.label} {number(row.median_ms)} ms, "
-            f"ours {number(ours.median_ms if ours else None)} ms ({times(row.ratio)})")  # fmt: skip
+        note = f" ({row.note})" if row.note else ""
+        where = f"{row.optimizer} {row.precision} {row.profile}"
+        mine = number(ours.median_ms if ours else None)
+        say(f"not first: {where}: {row.label}{note} {number(row.median_ms)} ms, ours {mine} ms ({times(row.ratio)})")
     if not slower and any(r.ok and r.ratio for r in rows):
         say("first (within 3 %) in every cell")
+
+
+def absent(rows: Sequence[Row]) -> str:
+    """Who is not in the table and why, in one line."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.ok and row.system != "fused" and not row.status.startswith("wrong"):
+            names = reasons.setdefault(row.status.removeprefix("not available: "), [])
+            if row.system not in names:
+                names.append(row.system)
+    return "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
 
 
 def same_cell(a: Row, b: Row) -> bool:
@@ -82,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
                     except (NotAvailable, MemoryError) as reason:
                         warn(f"{case} {profile.name}: {reason}")
                 run_.rows += rows
-                lacking = dict.fromkeys(f"{r.system}: {r.status}" for r in rows if not r.ok and r.system != "fused")
                 shown = [r for r in rows if r.ok or r.system == "fused" or r.status.startswith("wrong")]
-                caption = "; ".join(s for s in lacking if "wrong result" not in s)
-                show_rows(f"{case.cls}, {precision.name}, {run_.device.type}", shown, caption)
+                show_rows(f"{case.cls}, {precision.name}, {run_.device.type}", shown, absent(rows))
         summarize(run_.rows)
     return run_.exit_code

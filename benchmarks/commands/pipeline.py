@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..cases import Case, get_cases
 from ..measure import measure_cell
@@ -33,15 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser, opt="adamw")
 
 
-def _own_gradients(problem: Problem, params: list[Tensor]) -> Callable[[], None]:
-    """Give every parameter a private gradient; returns what restores their values."""
-    shared = problem.gradients()
-    private = [g.clone() for g in shared]
-    for p, g in zip(params, private, strict=True):
-        p.grad = g
-    return lambda: torch._foreach_copy_(private, shared)
-
-
 def _started(scaler: Any, device: torch.device) -> Any:
     scaler.scale(torch.ones((), device=device))  # creates the scale tensor, as the first backward would
     return scaler
@@ -50,13 +40,12 @@ def _started(scaler: Any, device: torch.device) -> Any:
 def torch_pipeline(form: str) -> Callable[[Case, Problem, Options], Side]:
     def build(case: Case, problem: Problem, _options: Options) -> Side:
         if form not in case.torch_forms:
-            raise NotAvailable(f"torch has no {form} {case.cls}")
+            raise NotAvailable(f"no {form} {case.cls}")
         if problem.precision.param == "fp16":
             raise NotAvailable("torch's unscale_ refuses float16 gradients")
         if problem.precision.master:
             raise NotAvailable("measured without masters")
-        params = problem.parameters(grads=False)
-        restore = _own_gradients(problem, params)
+        params = problem.parameters()
         optimizer = torch_optimizer(case, params, form)
         scaler = _started(
             torch.amp.GradScaler(problem.device.type, init_scale=SCALE, growth_interval=1 << 30), problem.device
@@ -68,7 +57,9 @@ def torch_pipeline(form: str) -> Callable[[Case, Problem, Options], Side]:
             scaler.step(optimizer)
             scaler.update()
 
-        return Side(f"torch.{form}", f"torch {form}", params, step, optimizer, restore)
+        side = Side(f"torch.{form}", f"torch {form}", params, step, optimizer)
+        side.take_private_gradients()
+        return side
 
     return build
 
@@ -78,10 +69,9 @@ def fused_pipeline(case: Case, problem: Problem, options: Options) -> Side:
 
     cls = getattr(fused, case.cls, None)
     if cls is None or not hasattr(fused, "GradScaler"):
-        raise NotAvailable(f"fused has no {case.cls if cls is None else 'GradScaler'}")
+        raise NotAvailable(f"no {case.cls if cls is None else 'GradScaler'} yet")
     backend = {"backend": options.backend} if options.backend else {}
-    params = problem.parameters(grads=False)
-    restore = _own_gradients(problem, params)
+    params = problem.parameters()
     try:
         optimizer = cls(params, max_grad_norm=CLIP, **case.kwargs, **problem.precision.options(), **backend)
         scaler = _started(
@@ -94,7 +84,9 @@ def fused_pipeline(case: Case, problem: Problem, options: Options) -> Side:
         scaler.step(optimizer)
         scaler.update()
 
-    return Side("fused", "fused", params, step, optimizer, restore)
+    side = Side("fused", "fused", params, step, optimizer)
+    side.take_private_gradients()
+    return side
 
 
 PIPELINE = {"fused": fused_pipeline, **{f"torch.{form}": torch_pipeline(form) for form in ("fused", "foreach", "loop")}}
