@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .from_torch import from_torch
+from .groups import param_groups
 from .lion import Lion
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
@@ -24,4 +26,6 @@ __all__ = [
     "FusedOptimizer",
     "Lion",
     "RMSprop",
+    "from_torch",
+    "param_groups",
 ]

@@ -24,8 +24,9 @@ SCALE = "_scale"
 class Saved:
     """State on its way through torch's ``load_state_dict``, which would cast tensors to the parameter's dtype."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, copy: bool = True) -> None:
         self.value = value
+        self.copy = copy  # False: the tensors may be taken over
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
         return self
@@ -85,33 +86,33 @@ def restore(optimizer: FusedOptimizer, state: Any, groups: list[dict[str, Any]])
     for key, value in state.items():
         if isinstance(value, Saved):
             group = owner.get(key)
-            restored[key] = value.value if group is None else _restore_one(optimizer, group, key, value.value)
+            restored[key] = value.value if group is None else _restore_one(optimizer, group, key, value)
         else:
             restored[key] = value
     return restored
 
 
-def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: Saved) -> dict[str, Any]:
     storage = Storage.of(group)
     rule = optimizer._rule(group)
     storage.check(param, f"the parameter of shape {tuple(param.shape)}")
     result: dict[str, Any] = {}
-    for name, value in saved.items():
+    for name, value in saved.value.items():
         if name == "step":
             # A tensor on the parameter's device, whatever an older or non-capturable optimizer kept.
-            result[name] = torch.as_tensor(value, dtype=torch.float32).to(param.device, copy=True).reshape(())
+            result[name] = torch.as_tensor(value, dtype=torch.float32).to(param.device, copy=saved.copy).reshape(())
         elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
             if name in rule.states and value.shape != param.shape:
                 raise ValueError(
                     f"state '{name}' of shape {tuple(value.shape)} does not fit its parameter of shape {tuple(param.shape)}"
                 )
-            moved = value.detach().to(param.device, copy=True)
+            moved = value.detach().to(param.device, copy=saved.copy)
             if name in rule.states:
                 _put(result, rule, name, moved, _loaded_dtype(storage, param, moved))
             else:
                 result[name] = moved
         elif isinstance(value, Tensor):
-            result[name] = value.detach().to(param.device, copy=True)
+            result[name] = value.detach().to(param.device, copy=saved.copy)
         elif value is not None:
             result[name] = value
     _dequantize_unless(storage, param, rule, result)
