@@ -93,7 +93,7 @@ class FusedOptimizer(Optimizer):
             "state_dtype": parse_state_dtype(state_dtype),
             "stochastic_rounding": bool(stochastic_rounding),
         }
-        self._options = {
+        self._options: dict[str, Any] = {
             "seed": int(seed),
             "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
             "norm_type": float(norm_type),

@@ -67,7 +67,8 @@ def test_wrong_arguments():
         fused.param_groups(_Model(), lr=1.0, layer_decay=1.5)
     with pytest.raises(ValueError, match="layer_of"):
         fused.param_groups(nn.Linear(2, 2), lr=1.0, layer_decay=0.5)
-    groups = fused.param_groups(nn.Linear(2, 2), lr=1.0, layer_decay=0.5, layer_of=lambda name: 0 if "bias" in name else 1)
+    by_kind = {"weight": 1, "bias": 0}
+    groups = fused.param_groups(nn.Linear(2, 2), lr=1.0, layer_decay=0.5, layer_of=by_kind.get)
     assert sorted(group["lr"] for group in groups) == [0.25, 0.5]
 
 
