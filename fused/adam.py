@@ -102,7 +102,8 @@ class AdamW(Adam):
     r"""AdamW: Adam whose weight decay shrinks the parameter itself.
 
     .. math::
-        p_t = (1 - \eta \lambda) \, p_{t-1} - \frac{\eta}{1 - \beta_1^t} \, \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+        p_t = (1 - \eta \lambda) \, p_{t-1}
+              - \frac{\eta}{1 - \beta_1^t} \, \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
 
     Args:
         params: as :class:`Adam`.

@@ -32,12 +32,12 @@ COUNTERPARTS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
 def from_torch(optimizer: torch.optim.Optimizer, **options: Unpack[EngineOptions]) -> Any:
     """Turns a torch.optim optimizer into its counterpart here, in the middle of a run.
 
-    Parameters, groups with their hyperparameters, names and state are taken over; state tensors are moved, not copied, so
-    that no second set of moments is ever in memory. Training goes on as if nothing had happened.
+    Parameters, groups with their hyperparameters, names and state are taken over; state tensors are moved, not copied,
+    so that no second set of moments is ever in memory. Training goes on as if nothing had happened.
 
     Args:
-        optimizer: a torch.optim Adadelta, Adagrad, Adam, AdamW, RMSprop or SGD (these classes themselves: a subclass may
-            change the rule). Do not step it any more; learning-rate schedulers hold on to it and are to be made anew
+        optimizer: a torch.optim Adadelta, Adagrad, Adam, AdamW, RMSprop or SGD (these classes themselves: a subclass
+            may change the rule). Do not step it any more; learning-rate schedulers hold on to it and are to be made anew
             (``scheduler.load_state_dict`` continues them).
         **options: master weights, state formats, clipping and more: see :class:`fused.optimizer.FusedOptimizer`.
 
@@ -53,7 +53,8 @@ def from_torch(optimizer: torch.optim.Optimizer, **options: Unpack[EngineOptions
     cls = COUNTERPARTS.get(type(optimizer))
     if cls is None:
         known = ", ".join(sorted(kind.__name__ for kind in COUNTERPARTS))
-        raise TypeError(f"no counterpart for {type(optimizer).__module__}.{type(optimizer).__name__}; there is one for {known}")
+        kind = type(optimizer)
+        raise TypeError(f"no counterpart for {kind.__module__}.{kind.__name__}; there is one for {known}")
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         names = group.get("param_names")
@@ -62,7 +63,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **options: Unpack[EngineOptions
     # AdamW's own constructor fixes this one
     hidden = {"decoupled_weight_decay"} if cls is AdamW else set()
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in hidden}
-    converted = cls(groups, **defaults, **options)  # type: ignore[arg-type]
+    converted = cls(groups, **defaults, **options)
     saved = {param: state_storage.Saved(dict(state), copy=False) for param, state in optimizer.state.items()}
     converted.state.update(state_storage.restore(converted, saved, converted.param_groups))
     return converted

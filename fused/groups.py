@@ -22,12 +22,12 @@ def param_groups(
     layer_decay: float | None = None,
     layer_of: Callable[[str], int | None] | None = None,
 ) -> list[dict[str, Any]]:
-    r"""Groups a model's parameters as training recipes do: no decay for norms and biases, smaller steps for early layers.
+    r"""Groups a model's parameters as recipes do: no decay for norms and biases, smaller steps for early layers.
 
     A parameter decays if it has two dimensions or more, is no module's ``bias``, and belongs to no normalization. With
     ``layer_decay`` :math:`d`, layer :math:`l` of :math:`L` learns at :math:`\eta \, d^{\,L - l}`: embeddings are layer 0,
-    block :math:`i` is layer :math:`i + 1`, what comes after the blocks keeps the full rate. Hundreds of groups cost a
-    fused step nothing.
+    block :math:`i` is layer :math:`i + 1`, what comes after the blocks keeps the full rate. Hundreds of groups cost
+    a fused step nothing.
 
     Args:
         model: the module; parameters that need no gradient are left out, shared ones taken once. A method
@@ -52,7 +52,8 @@ def param_groups(
     """
     if layer_decay is not None and not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"Invalid layer_decay value: {layer_decay}")
-    exempt = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()
+    named_exempt: Any = getattr(model, "no_weight_decay", None)
+    exempt = set(named_exempt()) if callable(named_exempt) else set()
     normalized = {
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
@@ -88,5 +89,7 @@ def _layers(names: list[str], layer_of: Callable[[str], int | None]) -> tuple[di
     """Layer of each name, and the number of the last one, to which all without a number belong."""
     found = {name: layer for name in names if (layer := layer_of(name)) is not None}
     if not any(found.values()):
-        raise ValueError(f"layer_decay finds no numbered layers in the parameter names (the first is {names[:1]}); pass layer_of")
+        raise ValueError(
+            f"layer_decay finds no numbered layers in the parameter names (the first is {names[:1]}); pass layer_of"
+        )
     return found, max(found.values()) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,11 @@ def parse_state_dtype(value: object) -> str | None:
     return str(name)
 
 
-def parse_master_weights(value: object) -> str | None:
+def parse_master_weights(value: Any) -> str | None:
     """Returns ``master_weights`` checked."""
     if value is not None and value not in MASTER_WEIGHTS:
         raise ValueError(f"Invalid master_weights value: {value!r}. Use None, 'fp32', 'split' or 'split8'")
-    return value  # type: ignore[return-value]
+    return None if value is None else str(value)
 
 
 @dataclass(frozen=True)

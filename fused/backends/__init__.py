@@ -13,13 +13,12 @@ if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
     from ..plan import Batch
 
+extension: Any = None
+EXTENSION_ERROR = ""
 try:
-    from .. import _C as extension
+    extension = importlib.import_module("fused._C")
 except ImportError as error:  # built without a compiler, or for another platform
-    extension = None  # type: ignore[assignment]
     EXTENSION_ERROR = str(error)
-else:
-    EXTENSION_ERROR = ""
 
 
 def status() -> dict[str, tuple[bool, str]]:
@@ -27,7 +26,7 @@ def status() -> dict[str, tuple[bool, str]]:
     return {
         "cuda": _cuda_status(),
         "triton": _triton_status(),
-        "cpu": (extension is not None, f"the compiled extension does not import: {EXTENSION_ERROR}" * (extension is None)),
+        "cpu": (True, "") if extension else (False, f"the compiled extension does not import: {EXTENSION_ERROR}"),
         "reference": (True, ""),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Batch(TableBatch):
         self._finish()
 
 
-def step_control(control: Control) -> extension.StepControl:
+def step_control(control: Control) -> Any:
     """The kernels' form of a step's control: addresses and numbers."""
 
     def address(tensor: Tensor | None) -> int:
