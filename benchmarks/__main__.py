@@ -7,7 +7,7 @@ import importlib
 import sys
 import warnings
 
-COMMANDS = ("list", "env", "step", "pipeline", "kernel", "host", "memory", "converge", "compare", "targets")
+COMMANDS = ("list", "env", "step", "pipeline", "kernel", "host", "memory", "converge", "compare", "targets", "plot")
 _MODULES = {"list": "listing", "all": "everything"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -68,6 +69,12 @@ def tidy(value: Any) -> Any:
     return value
 
 
+def dump(data: Any) -> str:
+    """JSON with one row per line: small files, readable differences."""
+    text = json.dumps(data, indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text) + "\n"
+
+
 @dataclass
 class Result:
     """Everything one command measured; what a JSON file holds."""
@@ -85,24 +92,32 @@ class Result:
     def __post_init__(self) -> None:
         self.when = self.when or time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())
 
+    def as_dict(self) -> dict[str, Any]:
+        data = tidy(dataclasses.asdict(self))
+        data["rows"] = [{k: v for k, v in row.items() if v is not None and v != ""} for row in data["rows"]]
+        return dict(data)
+
     def save(self, directory: Path, name: str | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         stem = directory / (name or self.command)
-        data = tidy(dataclasses.asdict(self))
-        stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        data = self.as_dict()
+        stem.with_suffix(".json").write_text(dump(data), encoding="utf-8")
         if self.rows:
-            columns = list(dict.fromkeys(k for row in data["rows"] for k in row))
+            columns = list(dict.fromkeys(k for row in self.rows for k in row if k != "losses"))
             with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(data["rows"])
         return stem.with_suffix(".json")
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "result") -> Result:
         if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {data.get('schema')}, this reads {SCHEMA}")
+            raise ValueError(f"{where}: schema {data.get('schema')}, this reads {SCHEMA}")
         return cls(**data)
 
 

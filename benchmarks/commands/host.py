@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+
+import torch
 
 from ..cases import get_cases
 from ..measure import measure_cell
@@ -29,15 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=1, help="parameter groups to split the parameters into")
 
 
-def _swap_gradients(problem: Problem, side: Side) -> Callable[[], None]:
-    """Two sets of gradient tensors that take turns."""
-    others = [g.clone() for g in problem.gradients()]
+def _swap_gradients(side: Side) -> Callable[[], None]:
+    """Two sets of private gradient tensors that take turns, with the shared values in them."""
     params = [p for p in (*side.params, *side.extra) if p.grad is not None]
-    mine = [p.grad for p in params]
-    turns: Iterator[list[Any]] = itertools.cycle([others, mine])
+    shared = [p.grad for p in params if p.grad is not None]
+    turns = itertools.cycle([[g.clone() for g in shared], [g.clone() for g in shared]])
 
     def swap() -> None:
-        for p, g in zip(params, next(turns), strict=True):
+        grads = next(turns)
+        torch._foreach_copy_(grads, shared)
+        for p, g in zip(params, grads, strict=True):
             p.grad = g
 
     return swap
@@ -52,7 +54,7 @@ def measure_host(
     def build(system: System) -> Side:
         side = system.make(case, problem, run.session.options)
         if fresh:
-            side.prepare = _swap_gradients(problem, side)
+            side.prepare = _swap_gradients(side)
         return side
 
     return measure_cell(run.session, case, problem, systems, "host fresh" if fresh else "host", build)

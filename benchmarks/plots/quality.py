@@ -1,0 +1,83 @@
+"""Convergence in low precision, and the goals."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from ..store import MachineResults
+from .style import ACCENT, INK, LIGHT, finish, pyplot
+
+
+def convergence(results: MachineResults, out: Path) -> list[Path]:
+    """Loss curves, and the final validation loss of each format against float32, seed by seed."""
+    from ..commands.converge import summary
+
+    records = results.rows("converge")
+    if not records:
+        return []
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.4), gridspec_kw={"width_ratios": [1.15, 1]})
+    formats = list(dict.fromkeys(r["format"] for r in records))
+    styles = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+    shades = plt.get_cmap("viridis")([i / max(1, len(formats) - 1) * 0.85 for i in range(len(formats))])
+    for i, name in enumerate(formats):
+        curves = [r["losses"] for r in records if r["format"] == name]
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        width = records[0]["steps"] / len(mean)
+        steps = [(k + 0.5) * width for k in range(len(mean))]
+        left.plot(steps, mean, color=shades[i], linestyle=styles[i % len(styles)], linewidth=1.5, label=name)
+    left.set_title("training loss, mean of the seeds")
+    left.set_xlabel("step")
+    left.set_ylabel("nats per byte")
+    left.grid()
+    left.legend()
+    rows = summary(records)
+    reference = {r["seed"]: r["validation_loss"] for r in records if r["format"] == "torch float32"}
+    spread = rows[0]["spread"]
+    right.axvspan(-spread, spread, color=LIGHT, zorder=0)
+    right.axvline(0, color=INK, linewidth=1)
+    for y, name in enumerate(formats):
+        for record in (r for r in records if r["format"] == name):
+            difference = record["validation_loss"] - reference.get(record["seed"], record["validation_loss"])
+            right.scatter(difference, y, s=32, color=shades[y], edgecolor="white", zorder=3)
+        right.text(1.01, y, f"{rows[y]['loss']:.4f}", transform=right.get_yaxis_transform(), va="center", fontsize=8.5)
+    right.set_yticks(range(len(formats)), formats)
+    right.set_ylim(len(formats) - 0.4, -0.6)
+    right.set_title("validation loss minus float32's, each seed")
+    right.set_xlabel("nats per byte; grey band: spread of float32 over the seeds")
+    right.grid(axis="x")
+    first = records[0]
+    note = f"small GPT on real text, AdamW, {first['steps']} steps, {len(reference)} seeds; validated in float32"
+    return [finish(figure, results, "Low-precision storage against float32", out / "converge.png", note)]
+
+
+def goals(results: MachineResults, out: Path) -> list[Path]:
+    """Each goal: measured over promised."""
+    from math import log2
+
+    records = [g for s in results.sections.values() for g in s.goals if g.get("value") is not None]
+    if not records:
+        return []
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(10.2, 1.3 + 0.235 * len(records)))
+    for y, goal in enumerate(records):
+        value, bound = goal["value"], goal["bound"]
+        score = (bound / value if goal["at_most"] else value / bound) if value > 0 else 4.0
+        met = goal["verdict"] == "met"
+        axis.plot([0, log2(max(score, 1 / 16))], [y, y], color=ACCENT if met else "#c2571a", linewidth=1.5, zorder=2)
+        axis.scatter(
+            log2(max(score, 1 / 16)), y, s=36, marker="o" if met else "X", color=ACCENT if met else "#c2571a", zorder=3
+        )
+        sign = "<=" if goal["at_most"] else ">="
+        text = f"{value:.3g} {goal['unit']} ({sign} {bound:g})"
+        axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    axis.axvline(0, color=INK, linewidth=1)
+    axis.set_yticks(range(len(records)), [g["goal"] for g in records], fontsize=8)
+    axis.set_ylim(len(records) - 0.4, -0.6)
+    low, high = axis.get_xlim()
+    ticks = range(int(low // 1), int(high // 1) + 2)
+    axis.set_xticks(list(ticks), [f"{2.0**t:g}" for t in ticks])
+    axis.grid(axis="x")
+    axis.set_xlabel("measured / promised (right of 1: met)")
+    return [finish(figure, results, "Goals", out / "goals.png", "dots: met; crosses: missed")]

@@ -1,0 +1,98 @@
+"""How every figure looks, and what it is labelled with."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..store import MachineResults
+
+Rows = list[dict[str, Any]]
+
+INK, MUTED, LIGHT, ACCENT = "#1b1f24", "#6b7480", "#d5dae0", "#0b5cad"
+# dark to light, so that they stay apart in grey; each with its own marker and line
+LOOK: dict[str, dict[str, Any]] = {
+    "fused": {"color": ACCENT, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
+    "torch.fused": {"color": "#c2571a", "marker": "s", "linestyle": "--"},
+    "torch.foreach": {"color": "#7d8b99", "marker": "^", "linestyle": "-."},
+    "torch.loop": {"color": "#b4bdc7", "marker": "v", "linestyle": ":"},
+}
+NAMES = {"fused": "fused (this package)", "torch.fused": "torch fused=True", "torch.foreach": "torch foreach=True"}
+NAMES["torch.loop"] = "torch for-loop"
+
+
+def pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 144,
+            "font.size": 9.5,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": INK,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.axisbelow": True,
+            "grid.color": LIGHT,
+            "grid.linewidth": 0.7,
+            "legend.frameon": False,
+            "legend.fontsize": 8.5,
+        }
+    )
+    return plt
+
+
+def finish(figure: Any, results: MachineResults, title: str, path: Path, note: str = "", top: float = 0.0) -> Path:
+    """Title, note, the machine's line; saves. `top`: inches to leave free above the axes."""
+    width, height = figure.get_size_inches()
+    label = textwrap.wrap(_label(results), int(width * 17))
+    figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.01, 1 - 0.36 / height, note, ha="left", va="top", fontsize=9, color=MUTED)
+    figure.text(0.01, 0.06 / height, "\n".join(label), ha="left", va="bottom", fontsize=7.5, color=MUTED)
+    figure.tight_layout(rect=(0, (0.1 + 0.14 * len(label)) / height, 1, 1 - (0.6 + top) / height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot().close(figure)
+    return path
+
+
+def _label(results: MachineResults) -> str:
+    machine, versions = results.machine, results.machine["versions"]
+    keep = ("fused-optim", "triton", "deepspeed", "bitsandbytes", "torchao", "transformers")
+    tail = [f"{k} {versions[k]}" for k in keep if versions.get(k)]
+    when = max(s.when for s in results.sections.values())[:10]
+    quick = any(s.settings.get("quick") for s in results.sections.values())
+    parts = [results.title, *tail, f"commit {machine.get('commit') or '?'}", when, "QUICK RUN" if quick else ""]
+    return " · ".join(p for p in parts if p)
+
+
+def ok_rows(rows: Iterable[dict[str, Any]]) -> Rows:
+    return [r for r in rows if r.get("status", "ok") == "ok"]
+
+
+def times(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"
+
+
+def plain_log(axis: Any) -> None:
+    """Log scale with 0.5, 1, 2, 5, 10 in place of powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def file_name(text: str) -> str:
+    return text.replace("+", "-").replace(" ", "-")
