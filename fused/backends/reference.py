@@ -32,9 +32,7 @@ Hypers = dict[str, Number]
 
 def _correction(beta: Number, step: Number) -> Number:
     """1 - beta^step."""
-    if isinstance(beta, Tensor) or isinstance(step, Tensor):
-        return 1 - beta**step
-    return 1.0 - beta**step
+    return 1.0 - beta ** (_scalar(step, step.device) if isinstance(step, Tensor) else step)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Number) -> Tensor:
@@ -222,10 +220,16 @@ class Batch:
 def _on(value: Any, like: Tensor) -> Any:
     """Tensor hyperparameters on the parameter's device, without dimensions."""
     if isinstance(value, Tensor):
-        return value.reshape(()).to(like.device)
+        return _scalar(value, like.device)
     if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
         return tuple(_on(item, like) for item in value)
     return value
+
+
+def _scalar(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of one element in float64, in which kernels derive constants: in float32, 1 - beta^step loses digits."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return value.reshape(()).to(device, wide)
 
 
 def decide(control: Control) -> tuple[Number, Tensor | None]:

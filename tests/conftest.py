@@ -1,0 +1,77 @@
+"""Fixtures of all tests: where the step runs, and a fixed seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fused import backends
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of the optimizers and the device its tensors live on: ``Optimizer(..., backend=backend.name)``."""
+
+    name: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _runnable() -> list[object]:
+    """Backends to test here. Those for a GPU are left out where there is none; a missing extension shows as skips."""
+    known = backends.status()
+    available, reason = known["cpu"]
+    cpu = pytest.param(
+        Backend("cpu", torch.device("cpu")), id="cpu", marks=[] if available else [pytest.mark.skip(reason=reason)]
+    )
+    params: list[object] = [cpu, pytest.param(Backend("reference", torch.device("cpu")), id="reference")]
+    if torch.cuda.is_available():
+        params += [
+            pytest.param(Backend(name, torch.device("cuda")), id=name, marks=[pytest.mark.gpu])
+            for name in ("cuda", "triton")
+            if known[name][0]
+        ]
+    return params
+
+
+@pytest.fixture(params=_runnable())
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend that this machine can run."""
+    chosen: Backend = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def isas() -> Iterator[list[str]]:
+    """Instruction sets of the extension that this processor has; the best is selected again afterwards."""
+    if backends.extension is None:
+        pytest.skip("the compiled extension is not there")
+    before = backends.extension.isa()
+    usable = []
+    for name in backends.extension.built_isas():
+        try:
+            backends.extension.select_isa(name)
+        except ValueError:
+            continue
+        usable.append(name)
+    backends.extension.select_isa(before)
+    yield usable
+    backends.extension.select_isa(before)
