@@ -7,7 +7,10 @@ import importlib
 import sys
 import warnings
 
-COMMANDS = ("list", "env", "step", "pipeline", "kernel", "host", "memory", "converge", "compare", "targets", "plot")
+COMMANDS = (
+    "list", "env", "step", "pipeline", "kernel", "host", "memory", "converge", "compare", "targets", "plot", "all",
+    "publish", "readme",
+)  # fmt: skip
 _MODULES = {"list": "listing", "all": "everything"}
 
 

@@ -93,6 +93,10 @@ class Precision:
         return "+".join([self.param, *filter(None, tail)])
 
     @property
+    def file_name(self) -> str:
+        return self.name.replace("+", "-").replace(" ", "-")
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.param]
 

@@ -10,7 +10,7 @@ import torch
 
 from .cases import CASES, Case, Precision
 from .commands.common import Run
-from .commands.kernel import _gradient_cell
+from .commands.kernel import gradient_cell
 from .commands.memory import measure_memory
 from .commands.pipeline import measure_pipeline
 from .measure import measure_cell
@@ -127,7 +127,7 @@ def _pipeline(shape: str, bound: float) -> Goal:
 
 def _clip(shape: str, bound: float) -> Goal:
     def measure(run: Run) -> tuple[float, str]:
-        rows = _gradient_cell(run, "clip_grad_norm_", get_profile(shape), Precision())
+        rows = gradient_cell(run, "clip_grad_norm_", get_profile(shape), Precision())
         run.rows += rows
         return _against(rows)
 

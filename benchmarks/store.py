@@ -62,7 +62,7 @@ class MachineResults:
         for path in sorted(directory.glob("*.json")):
             data = json.loads(path.read_text(encoding="utf-8"))
             if "command" in data:
-                sections[data["command"]] = Result.from_dict(data, str(path))
+                sections[path.stem] = Result.from_dict(data, str(path))
         if not sections:
             raise ValueError(f"{directory}: no results (JSON files of `step`, `host`, ...)")
         newest = max(sections.values(), key=lambda s: s.when)

@@ -58,10 +58,11 @@ class Run:
     return run.exit_code
     """
 
-    def __init__(self, command: str, args: argparse.Namespace, bandwidth: bool = True) -> None:
+    def __init__(self, command: str, args: argparse.Namespace, bandwidth: bool = True, name: str | None = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.command = command
+        self.name = name or command  # of the files
         self.out: Path | None = args.out
         self.device = torch.device(args.device)
         self.rows: list[Row] = []
@@ -106,7 +107,7 @@ class Run:
             self.session.goals,
         )  # fmt: skip
         if self.out:
-            say(f"wrote {self.result.save(self.out)}")
+            say(f"wrote {self.result.save(self.out, self.name)}")
 
 
 STEP_COLUMNS = (

@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", help="comma list of profiles")
     parser.add_argument("--shape", help="comma list of shapes")
     parser.add_argument("--n", help="shrink each profile to about this many elements")
-    parser.add_argument(
-        "--precision", default="fp32", choices=["fp32", "all"], help="float32 only, or the low-precision forms too"
-    )
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "low", "all"], help="which storage formats")
 
 
 def losses(rows: Sequence[Row], margin: float = 0.97) -> list[Row]:
@@ -55,8 +53,8 @@ def summarize(rows: Sequence[Row]) -> None:
         ours = next((r for r in rows if r.system == "fused" and r.ok and same_cell(r, row)), None)
         note = f" ({row.note})" if row.note else ""
         where = f"{row.optimizer} {row.precision} {row.profile}"
-        mine = number(ours.median_ms if ours else None)
-        say(f"not first: {where}: {row.label}{note} {number(row.median_ms)} ms, ours {mine} ms ({times(row.ratio)})")
+        own = number(ours.median_ms if ours else None)
+        say(f"not first: {where}: {row.label}{note} {number(row.median_ms)} ms, ours {own} ms ({times(row.ratio)})")
     if not slower and any(r.ok and r.ratio for r in rows):
         say("first (within 3 %) in every cell")
 
@@ -80,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
     systems = get_systems(args.vs, args.device)
-    precisions = PRECISIONS if args.precision == "all" else PRECISIONS[:1]
-    run_ = Run("compare", args)
+    precisions = {"fp32": PRECISIONS[:1], "low": PRECISIONS[1:], "all": PRECISIONS}[args.precision]
+    name = "compare" if args.precision == "fp32" else f"compare-{args.precision}"
+    run_ = Run("compare", args, name=name)
     with run_, Progress("compare", len(cases) * len(profiles) * len(precisions)) as progress:
         for precision in precisions:
             for case in cases:

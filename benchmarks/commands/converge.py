@@ -51,7 +51,7 @@ def _optimizer(model: torch.nn.Module, system: str, precision: Precision) -> tor
     import fused
 
     params = list(model.parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.dim() >= 2]},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -143,7 +143,7 @@ def decay(run: Run) -> list[dict[str, Any]]:
         problem.initial[0].copy_(torch.linspace(0.75, 1.5, 4096))
         problem.set_factor(0.0)
         start = problem.initial[0].double()
-        record = {"bench": "decay", "system": key, "precision": precision.name, "status": "ok"}
+        record: dict[str, Any] = {"bench": "decay", "system": key, "precision": precision.name, "status": "ok"}
         records.append(record)
         try:
             side = SYSTEMS[key].make(case, problem, Options())

@@ -75,7 +75,7 @@ def sizes(run: Run, quick: bool) -> list[Row]:
 Gradient = Callable[[list[Tensor], list[Tensor]], object]
 
 
-def _gradient_work(name: str) -> tuple[Gradient | None, Gradient, float]:
+def gradient_work(name: str) -> tuple[Gradient | None, Gradient, float]:
     """This package's function, torch's, and the least times a gradient element is read or written."""
     import fused
 
@@ -96,14 +96,14 @@ def gradient(run: Run, profiles: Sequence[Profile], dtype: str = "fp32") -> list
         for name in ("total norm", "clip_grad_norm_"):
             for profile in profiles:
                 progress(f"{name} {profile.name}")
-                rows += _gradient_cell(run, name, profile, Precision(dtype))
+                rows += gradient_cell(run, name, profile, Precision(dtype))
     return rows
 
 
-def _gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) -> list[Row]:
+def gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) -> list[Row]:
     problem = Problem(profile, precision, run.device)
     want = total_norm(problem.gradients())
-    ours, torchs, passes = _gradient_work(name)
+    ours, torchs, passes = gradient_work(name)
     rows: dict[str, Row] = {}
     sides = []
     for key, label, work in (("fused", "fused", ours), ("torch.foreach", "torch", torchs)):
@@ -112,7 +112,7 @@ def _gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) 
         if work is None:
             row.status = "not available: not there yet"
             continue
-        side = _gradient_side(key, label, problem, work, copies=name != "total norm")
+        side = gradient_side(key, label, problem, work, copies=name != "total norm")
         if side.prepare:
             side.prepare()
         got = float(side.step())
@@ -146,7 +146,7 @@ def _gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) 
     return list(rows.values())
 
 
-def _gradient_side(key: str, label: str, problem: Problem, work: Gradient, copies: bool) -> Side:
+def gradient_side(key: str, label: str, problem: Problem, work: Gradient, copies: bool) -> Side:
     params = problem.parameters()
     grads: list[Tensor] = []
     side = Side(key, label, params, lambda: work(params, grads))

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     precision = precision_of(args)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
     systems = get_systems(args.vs, args.device)
-    run_ = Run("step", args)
+    groups = f"-{args.groups}-groups" if args.groups > 1 else ""
+    name = "step" + ("" if precision == Precision() else f"-{precision.file_name}") + groups
+    run_ = Run("step", args, name=name)
     with run_, Progress("step", len(cases) * len(profiles)) as progress:
         for case in cases:
             rows = []
@@ -74,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 except (NotAvailable, MemoryError) as reason:
                     warn(f"{case} {profile.name}: {reason}")
             run_.rows += rows
-            groups = f", {args.groups} groups" if args.groups > 1 else ""
-            show_rows(
-                f"{case.cls} ({case}), {precision.name}{groups}, {run_.device.type}", rows, bytes_line(case, precision)
-            )
+            note = f", {args.groups} groups" if args.groups > 1 else ""
+            heading = f"{case.cls} ({case}), {precision.name}{note}, {run_.device.type}"
+            show_rows(heading, rows, bytes_line(case, precision))
     return run_.exit_code

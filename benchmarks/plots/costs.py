@@ -27,8 +27,8 @@ def host(results: MachineResults, out: Path) -> list[Path]:
                 xs, ys = zip(*mine, strict=True)
                 axis.plot(xs, ys, label=NAMES[system], markersize=5, **look)
                 if system == "fused":
-                    axis.annotate(f"{ys[-1] / 1e3:.2g} ms", (xs[-1], ys[-1]), textcoords="offset points", xytext=(7, -3),
-                                  ha="left", fontsize=8.5, color=look["color"])  # fmt: skip
+                    last, text = (xs[-1], ys[-1]), f"{ys[-1] / 1e3:.2g} ms"
+                    axis.annotate(text, last, textcoords="offset points", xytext=(7, -3), fontsize=8.5, color=ACCENT)
         axis.set_title(title)
         axis.set_xlim(0.8, 4 * max(r["tensors"] for r in rows))
         axis.set_xscale("log")
@@ -58,7 +58,8 @@ def memory(results: MachineResults, out: Path) -> list[Path]:
     rows = list(seen.values())
     if not rows:
         return []
-    labels, values, peaks, own, gaps = [], [], [], [], []
+    labels: list[tuple[str, str]] = []
+    values, peaks, own, gaps = [], [], [], []
     for precision in dict.fromkeys(r["precision"] for r in rows):
         gaps.append(len(labels))
         for row in (r for r in rows if r["precision"] == precision):
