@@ -199,20 +199,30 @@ struct Random4 {
   uint32_t word[4];
 };
 
+constexpr int kPhiloxRounds = 10;
+
+FUSED_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+  const uint64_t m0 = uint64_t(0xD2511F53u) * c0;
+  const uint64_t m1 = uint64_t(0xCD9E8D57u) * c2;
+  c0 = uint32_t(m1 >> 32) ^ c1 ^ k0;
+  c1 = uint32_t(m1);
+  c2 = uint32_t(m0 >> 32) ^ c3 ^ k1;
+  c3 = uint32_t(m0);
+}
+
+FUSED_HD void philox_next_key(uint32_t& k0, uint32_t& k1) {
+  k0 += 0x9E3779B9u;
+  k1 += 0xBB67AE85u;
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011): element i of tensor `stream` at `step` takes word i % 4 of counter i / 4, so
 // the bits depend on nothing but the seed, the step, the tensor, the operand and the element.
 FUSED_HD Random4 philox(uint64_t seed, uint64_t counter, uint32_t stream, uint32_t step) {
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = stream, c3 = step;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t m0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t m1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(m1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(m1);
-    c2 = uint32_t(m0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(m0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(c0, c1, c2, c3, k0, k1);
+    philox_next_key(k0, k1);
   }
   return {{c0, c1, c2, c3}};
 }

@@ -149,43 +149,113 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 
 # ---- 8-bit blocks ----
 
+_UNSIGNED_NAN, _UNSIGNED_LEVELS, _UNSIGNED_OCTAVES = 255, 254, 64
+_SIGNED_NAN, _SIGNED_LEVELS = 0x80, 127
+_SMALLEST_SCALE, _LARGEST_SCALE = 0x0D800000, 0x7E800000
+_DEFICIT_LIMIT = 20 * 128
+_DEFICITS = (307, 371, 422, 512, 627, 768, 896)
+_ONE = 0x3F800000
+_NAN = 0x7FC00000
 
-def encode_blocks8(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Float32 values as 8-bit codes (shape of ``x``) and one int32 scale per block of 64 elements in memory order."""
+
+def encode_blocks8(x: Tensor, signed: bool, step: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Float32 values as 8-bit codes and one int16 scale per block of 32 elements.
+
+    Args:
+        x: float32 values of any shape; blocks follow its row-major order.
+        signed: the code of first moments, else that of second moments, which drops signs.
+        step: of the optimizer: second moments are rounded up or down by a sequence over the steps; None: to nearest.
+
+    Returns:
+        uint8 codes of the shape of ``x``, and int16 scales.
+    """
     flat = x.flatten()
-    padded = torch.nn.functional.pad(flat, (0, blocks8(flat.numel()) * BLOCK8 - flat.numel()))
-    u = bits_of(padded).view(-1, BLOCK8)
+    count = blocks8(flat.numel())
+    u = bits_of(torch.nn.functional.pad(flat, (0, count * BLOCK8 - flat.numel()))).view(count, BLOCK8)
     magnitude = u & _MAGNITUDE
-    smallest = torch.where(magnitude == 0, _MAGNITUDE, magnitude).amin(1)
-    largest = magnitude.amax(1)
-    low = torch.where(largest == 0, 0, smallest) >> 16
-    high = ((largest + 0xFFFF) >> 16).clamp(max=0x7F80)
-    scale = low | (high << 16)
-    levels = 126.0 if signed else 254.0
-    offset, _, inverse = _block8_range(scale, levels)
-    code = ((magnitude - offset).to(torch.float32) * inverse + 0.5).to(torch.int64) + 1
-    code = torch.where(magnitude == 0, 0, code.clamp(1, int(levels) + 1))
+    finite = torch.where(magnitude >= _INFINITY, 0, magnitude)
     if signed:
-        code = code | ((u >> 24) & 0x80)
-    codes = code.flatten()[: flat.numel()].to(torch.uint8).view(x.shape)
-    return codes, float_of(scale).view(torch.int32)
+        codes, scales = _encode_signed(u, magnitude, finite)
+    else:
+        threshold = 0.5 if step is None else _thresholds(u, step)
+        codes, scales = _encode_unsigned(magnitude, finite, threshold)
+    return codes.flatten()[: flat.numel()].to(torch.uint8).view(x.shape), _signed16(scales)
 
 
 def decode_blocks8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The float32 values of 8-bit codes."""
     flat = codes.flatten().to(torch.int64)
     padded = torch.nn.functional.pad(flat, (0, scales.numel() * BLOCK8 - flat.numel())).view(-1, BLOCK8)
-    offset, step, _ = _block8_range(scales.to(torch.int64) & _MASK, 126.0 if signed else 254.0)
-    level = padded & 0x7F if signed else padded
-    u = offset + ((level - 1).to(torch.float32) * step + 0.5).to(torch.int64)
-    u = torch.where(level == 0, 0, u)
-    if signed:
-        u = u | ((padded & 0x80) << 24)
-    return float_of(u).flatten()[: flat.numel()].view(codes.shape)
+    words = (scales.to(torch.int64) & 0xFFFF).unsqueeze(1)
+    values = _decode_signed(padded, words) if signed else _decode_unsigned(padded, words)
+    return values.flatten()[: flat.numel()].view(codes.shape)
 
 
-def _block8_range(scale: Tensor, levels: float) -> tuple[Tensor, Tensor, Tensor]:
-    offset = (scale & 0xFFFF) << 16
-    width = ((scale & 0xFFFF0000) - offset).to(torch.float32)
-    inverse = torch.where(width > 0, torch.full_like(width, levels) / width, 0.0)
-    return offset.unsqueeze(1), (width / levels).unsqueeze(1), inverse.unsqueeze(1)
+def _signed16(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+
+
+def _unsigned_block(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low = (words & 0xFF) << 23
+    width = (((words >> 8) << 23) - low).to(torch.float32)
+    steps = torch.full_like(width, _UNSIGNED_LEVELS - 1)
+    return low, width / steps, torch.where(width > 0, steps / width, 0.0)
+
+
+def _encode_unsigned(magnitude: Tensor, finite: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
+    smallest = torch.where(finite == 0, _MAGNITUDE, finite).amin(1)
+    largest = finite.amax(1)
+    end = (largest >> 23) + 1
+    begin = torch.maximum((smallest >> 23).clamp(min=1), (end - _UNSIGNED_OCTAVES).clamp(min=1))
+    words = torch.where(largest == 0, 0, begin | (end.clamp(min=2) << 8))
+    low, _, inverse = _unsigned_block(words.unsqueeze(1))
+    above = torch.maximum(magnitude, low) - low
+    level = (above.to(torch.float32) * inverse + threshold).to(torch.int64) + 1
+    codes = torch.where(magnitude >= _INFINITY, _UNSIGNED_NAN, level.clamp(max=_UNSIGNED_LEVELS))
+    return torch.where(magnitude == 0, 0, codes), words
+
+
+def _decode_unsigned(codes: Tensor, words: Tensor) -> Tensor:
+    low, step, _ = _unsigned_block(words)
+    u = low + ((codes - 1).to(torch.float32) * step + 0.5).to(torch.int64)
+    return float_of(torch.where(codes == 0, 0, torch.where(codes == _UNSIGNED_NAN, _NAN, u)))
+
+
+def _thresholds(u: Tensor, step: int | Tensor) -> Tensor:
+    """Where second moments round up, in [0, 1), evenly spread over the steps."""
+    h = (torch.arange(u.numel(), dtype=torch.int64, device=u.device) & _MASK) * 0x9E3779B1 & _MASK
+    h = _mul_hi_lo(0x85EBCA6B, h ^ (h >> 15))[1]
+    advance = (int(step) if not isinstance(step, Tensor) else step.to(torch.int64)) * 0x9E3779B9
+    return (((h + advance) & _MASK) >> 8).to(torch.float32).mul(2.0**-24).view(u.shape)
+
+
+def _signed_block(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spread = words & 7
+    mu = float_of(_ONE + ((spread * (spread + 9)) << 20))
+    width = (bits_of(1.0 + mu) - _ONE).to(torch.float32)
+    levels = torch.full_like(width, _SIGNED_LEVELS)  # number / tensor would be the reciprocal times the number: two roundings
+    return float_of((words >> 3) << 18), mu, width / levels, levels / width
+
+
+def _encode_signed(u: Tensor, magnitude: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    largest = finite.amax(1, keepdim=True)
+    nonzero = finite != 0
+    deficit = torch.where(nonzero, ((largest >> 16) - (finite >> 16)).clamp(max=_DEFICIT_LIMIT), 0).sum(1, keepdim=True)
+    count = nonzero.sum(1, keepdim=True)
+    top = (largest.clamp(_SMALLEST_SCALE, _LARGEST_SCALE) + 0x3FFFF) >> 18
+    spread = sum((deficit > limit * count).to(torch.int64) for limit in _DEFICITS)
+    words = torch.where(largest == 0, 0, (top << 3) | spread)
+    scale, mu, _, inverse = _signed_block(words)
+    r = torch.minimum(float_of(torch.where(magnitude >= _INFINITY, 0, magnitude)), scale)
+    s = torch.where(scale > 0, 1.75 * r / (scale + 0.75 * r), 0.0)
+    level = ((bits_of(1.0 + mu * s) - _ONE).to(torch.float32) * inverse + 0.5).to(torch.int64)
+    level = level.clamp(max=_SIGNED_LEVELS)
+    codes = torch.where(level == 0, 0, level | ((u >> 24) & 0x80))
+    return torch.where(magnitude >= _INFINITY, _SIGNED_NAN, codes), words.squeeze(1)
+
+
+def _decode_signed(codes: Tensor, words: Tensor) -> Tensor:
+    scale, mu, step, _ = _signed_block(words)
+    s = (float_of(_ONE + ((codes & 0x7F).to(torch.float32) * step + 0.5).to(torch.int64)) - 1.0) * (1.0 / mu)
+    x = scale * s / (1.75 - 0.75 * s)
+    return float_of(torch.where(codes == _SIGNED_NAN, _NAN, bits_of(x) | ((codes & 0x80) << 24)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK8 = 64
+BLOCK8 = 32
 """Elements that share a scale in an 8-bit state."""
 
 

@@ -65,7 +65,7 @@ void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, in
       if (k < 0) {
         store_param(row, b, n, p, random);
       } else {
-        store_state(row, k, b, n, s[k], random);
+        store_state(row, k, b, n, s[k], random, uint32_t(context.step));
       }
     }
   }

@@ -23,7 +23,7 @@ struct Buffers {
   alignas(64) T param[kBlock];
   alignas(64) T grad[kBlock];
   alignas(64) T state[kMaxStates][kBlock];
-  alignas(64) uint32_t random[kBlock];
+  alignas(64) uint32_t random[kBlock];  // kBlock is a multiple of what fill_random writes at a time
 };
 
 template <class In, class Out, class Convert>
@@ -52,14 +52,33 @@ const T* load(uint8_t format, const void* base, int64_t begin, int64_t n, T* buf
   return buffer;
 }
 
+// Random bits of elements [begin, begin + n), counter by counter in lanes: a loop over Philox's own rounds inside a loop over
+// counters would not vectorize. `out` has room for n rounded up to a multiple of 64.
 void fill_random(const TensorRow& row, uint32_t operand, const UpdateContext& context, int64_t begin, int64_t n, uint32_t* out) {
+  constexpr int kLanes = 16;
   const uint32_t stream = operand_stream(row.stream, operand);
   const uint32_t step = uint32_t(context.step);
   const uint64_t first = uint64_t(begin) / 4;
-  const int64_t counters = (n + 3) / 4;
-  for (int64_t i = 0; i < counters; ++i) {
-    const Random4 r = philox(context.seed, first + uint64_t(i), stream, step);
-    for (int w = 0; w < 4; ++w) out[4 * i + w] = r.word[w];
+  for (int64_t counter = 0; counter < (n + 3) / 4; counter += kLanes) {
+    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      c0[l] = uint32_t(first + uint64_t(counter)) + uint32_t(l);
+      c1[l] = uint32_t((first + uint64_t(counter) + uint64_t(l)) >> 32);
+      c2[l] = stream;
+      c3[l] = step;
+    }
+    uint32_t k0 = uint32_t(context.seed), k1 = uint32_t(context.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int l = 0; l < kLanes; ++l) philox_round(c0[l], c1[l], c2[l], c3[l], k0, k1);
+      philox_next_key(k0, k1);
+    }
+    uint32_t* __restrict block = out + 4 * counter;
+    for (int l = 0; l < kLanes; ++l) {
+      block[4 * l] = c0[l];
+      block[4 * l + 1] = c1[l];
+      block[4 * l + 2] = c2[l];
+      block[4 * l + 3] = c3[l];
+    }
   }
 }
 
@@ -141,44 +160,73 @@ void store_param(const TensorRow& row, int64_t begin, int64_t n, const float* in
 
 // ---- states, with their block scales ----
 
+template <class Block>
+FUSED_HD void decode_block8(const uint8_t* __restrict in, const Block& block, float* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = block8_decode(in[i], block);
+}
+
+FUSED_HD uint16_t encode_block8_signed(const float* __restrict x, uint8_t* __restrict out, int64_t count) {
+  uint32_t largest = 0;
+  int32_t deficit = 0, nonzero = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, block8_magnitude(x[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t a = block8_magnitude(x[i]);
+    deficit += block8_deficit(a, largest);
+    nonzero += int32_t(a != 0u);
+  }
+  const uint16_t scale = block8_scale_signed(largest, deficit, nonzero);
+  const Block8Signed block = block8_signed(scale);
+  for (int64_t i = 0; i < count; ++i) out[i] = block8_encode(x[i], block);
+  return scale;
+}
+
+FUSED_HD uint16_t encode_block8_unsigned(const float* __restrict x, uint8_t* __restrict out, int64_t count, uint32_t element,
+                                         uint32_t step) {
+  uint32_t smallest = kMagnitude, largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t a = block8_magnitude(x[i]);
+    smallest = std::min(smallest, a == 0u ? kMagnitude : a);
+    largest = std::max(largest, a);
+  }
+  const uint16_t scale = block8_scale_unsigned(smallest, largest);
+  const Block8Unsigned block = block8_unsigned(scale);
+  for (int64_t i = 0; i < count; ++i) out[i] = block8_encode(x[i], block, block8_threshold(element + uint32_t(i), step));
+  return scale;
+}
+
 const float* load_blocks8(bool is_signed, const void* codes, const void* scales, int64_t begin, int64_t n, float* buffer) {
-  const uint8_t* code = static_cast<const uint8_t*>(codes) + begin;
-  const uint32_t* scale = static_cast<const uint32_t*>(scales) + begin / kBlock8;
+  const uint8_t* in = static_cast<const uint8_t*>(codes) + begin;
+  const uint16_t* scale = static_cast<const uint16_t*>(scales) + begin / kBlock8;
   for (int64_t first = 0; first < n; first += kBlock8, ++scale) {
     const int64_t count = std::min<int64_t>(kBlock8, n - first);
-    const uint8_t* __restrict in = code + first;
-    float* __restrict out = buffer + first;
-    if (is_signed) {
-      const Block8Range range = block8_range(*scale, 126.0f);
-      for (int64_t i = 0; i < count; ++i) out[i] = block8_decode_signed(in[i], range);
+    // A count known to the compiler makes straight vector code of a whole block.
+    if (is_signed && count == kBlock8) {
+      decode_block8(in + first, block8_signed(*scale), buffer + first, kBlock8);
+    } else if (is_signed) {
+      decode_block8(in + first, block8_signed(*scale), buffer + first, count);
+    } else if (count == kBlock8) {
+      decode_block8(in + first, block8_unsigned(*scale), buffer + first, kBlock8);
     } else {
-      const Block8Range range = block8_range(*scale, 254.0f);
-      for (int64_t i = 0; i < count; ++i) out[i] = block8_decode_unsigned(in[i], range);
+      decode_block8(in + first, block8_unsigned(*scale), buffer + first, count);
     }
   }
   return buffer;
 }
 
-void store_blocks8(bool is_signed, void* codes, void* scales, int64_t begin, int64_t n, const float* in) {
-  uint8_t* code = static_cast<uint8_t*>(codes) + begin;
-  uint32_t* scale = static_cast<uint32_t*>(scales) + begin / kBlock8;
+void store_blocks8(bool is_signed, void* codes, void* scales, int64_t begin, int64_t n, const float* in, uint32_t step) {
+  uint8_t* out = static_cast<uint8_t*>(codes) + begin;
+  uint16_t* scale = static_cast<uint16_t*>(scales) + begin / kBlock8;
   for (int64_t first = 0; first < n; first += kBlock8, ++scale) {
     const int64_t count = std::min<int64_t>(kBlock8, n - first);
-    const float* __restrict x = in + first;
-    uint8_t* __restrict out = code + first;
-    uint32_t smallest = kMagnitude, largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t a = bits_of(x[i]) & kMagnitude;
-      smallest = std::min(smallest, a == 0 ? kMagnitude : a);
-      largest = std::max(largest, a);
-    }
-    *scale = block8_scale(largest == 0 ? 0 : smallest, largest);
-    if (is_signed) {
-      const Block8Range range = block8_range(*scale, 126.0f);
-      for (int64_t i = 0; i < count; ++i) out[i] = block8_encode_signed(x[i], range);
+    const uint32_t element = uint32_t(begin + first);
+    if (is_signed && count == kBlock8) {
+      *scale = encode_block8_signed(in + first, out + first, kBlock8);
+    } else if (is_signed) {
+      *scale = encode_block8_signed(in + first, out + first, count);
+    } else if (count == kBlock8) {
+      *scale = encode_block8_unsigned(in + first, out + first, kBlock8, element, step);
     } else {
-      const Block8Range range = block8_range(*scale, 254.0f);
-      for (int64_t i = 0; i < count; ++i) out[i] = block8_encode_unsigned(x[i], range);
+      *scale = encode_block8_unsigned(in + first, out + first, count, element, step);
     }
   }
 }
@@ -190,10 +238,11 @@ const float* load_state(const TensorRow& row, int k, int64_t begin, int64_t n, f
   return load(format, row.state[k], begin, n, buffer);
 }
 
-void store_state(const TensorRow& row, int k, int64_t begin, int64_t n, const float* in, const uint32_t* random) {
+// `step` counts this update: it moves the rounding of 8-bit second moments.
+void store_state(const TensorRow& row, int k, int64_t begin, int64_t n, const float* in, const uint32_t* random, uint32_t step) {
   const uint8_t format = row.state_format[k];
   if (format == kBlock8Signed || format == kBlock8Unsigned)
-    return store_blocks8(format == kBlock8Signed, row.state[k], row.scale[k], begin, n, in);
+    return store_blocks8(format == kBlock8Signed, row.state[k], row.scale[k], begin, n, in, step);
   store(format, row.state[k], begin, n, in, random);
 }
 

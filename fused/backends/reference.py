@@ -297,7 +297,7 @@ class _Operands:
         for k, (name, value) in enumerate(zip(self.rule.states, states, strict=True)):
             target = local(self.state[name])
             if target.dtype == torch.uint8:
-                self._store_blocks8(name, target, value, skip)
+                self._store_blocks8(name, target, value, step, skip)
             else:
                 _assign(_real(target), self._rounded(value, target.dtype, 1 + k, step), skip)
         if state_storage.MASTER in self.state:
@@ -325,10 +325,10 @@ class _Operands:
         state_storage.in_memory_order(memory).copy_(flat)
         return memory.contiguous()
 
-    def _store_blocks8(self, name: str, target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    def _store_blocks8(self, name: str, target: Tensor, value: Tensor, step: Number, skip: Tensor | None) -> None:
         laid_out = torch.empty_like(target, dtype=torch.float32).copy_(value)
         codes, scales = formats.encode_blocks8(
-            state_storage.in_memory_order(laid_out), name not in self.rule.nonnegative
+            state_storage.in_memory_order(laid_out), name not in self.rule.nonnegative, step
         )
         _assign(state_storage.in_memory_order(target), codes, skip)
         _assign(self.state[name + state_storage.SCALE], scales, skip)
