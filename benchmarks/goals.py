@@ -47,6 +47,8 @@ def _problem(run: Run, shape: str, precision: Precision) -> Problem:
 def _against(rows: Iterable[Row], against: Iterable[str] = TORCH, device: bool = False) -> tuple[float, str]:
     """The smallest ratio over the systems asked for that were timed: the best of them is the bar."""
     rows = list(rows)
+    if not rows:
+        raise NotAvailable("time limit")
     ours = next(r for r in rows if r.system == "fused")
     if not ours.ok:
         raise NotAvailable(ours.status.removeprefix("not available: "))
@@ -108,6 +110,8 @@ def _host(tensors: int) -> Callable[[Run], tuple[float, str]]:
     def measure(run: Run) -> tuple[float, str]:
         rows = measure_cell(run.session, CASES["adamw"], _problem(run, f"{tensors}x1", Precision()), [], "goal")
         run.rows += rows
+        if not rows:
+            raise NotAvailable("time limit")
         (row,) = rows
         if row.host_ms is None:
             raise NotAvailable(row.status.removeprefix("not available: "))
@@ -202,6 +206,8 @@ def _copy_fraction(bound: float) -> Goal:
     def measure(run: Run) -> tuple[float, str]:
         rows = measure_cell(run.session, CASES["adamw"], _problem(run, "1x1G", Precision()), [], "goal")
         run.rows += rows
+        if not rows:
+            raise NotAvailable("time limit")
         (row,) = rows
         if row.copy_fraction is None or row.gbs is None:
             raise NotAvailable(row.status.removeprefix("not available: "))

@@ -168,17 +168,16 @@ def register(system: System) -> None:
     SYSTEMS[system.key] = system
 
 
-def get_systems(names: str, device: torch.device | str = "cpu") -> list[System]:
+def get_systems(names: str) -> list[System]:
     """Systems from a comma list; 'torch' is the three plain forms, 'all' everything, 'none' nothing beside ours.
 
-    torch.compile takes minutes on a CPU: it is in 'all' on a GPU only.
+    torch.compile takes minutes for a large model: only where it is named.
     """
     if names == "none":
         return []
     from . import peers  # noqa: F401  registers the third parties
 
-    gpu = torch.device(device).type == "cuda"
-    everything = [k for k in SYSTEMS if k != "fused" and (gpu or k != "torch.compile")]
+    everything = [k for k in SYSTEMS if k not in ("fused", "torch.compile")]
     keys: list[str] = []
     for name in names.split(","):
         name = name.strip().lower()

@@ -454,3 +454,20 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 def test_profiles_are_documented() -> None:
     assert all(title and callable(make) for title, make in PROFILES.values())
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_gpu_footprint_without_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.measure import gpu_footprint
+
+    for name, value in {
+        "synchronize": None,
+        "memory_allocated": 100,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 164,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    side = Side("fused", "", [], lambda: torch.ones(3) + 1)
+    temporary, launches = gpu_footprint(side, torch.device("cuda"))
+    assert temporary == 64
+    assert not launches  # nothing ran on a GPU, or this torch cannot profile one

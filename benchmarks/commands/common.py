@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON, CSV and plots here")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller problems: a look, not a result")
     parser.add_argument("--seconds", type=float, help="time to spend on each system of a cell")
+    parser.add_argument("--limit", type=float, help="seconds after which no further cell is started")
+    parser.add_argument("--name", help="name of the files in --out (default: the command's)")
     parser.add_argument("--backend", help="force a backend of this package: cuda, triton, cpu, reference")
 
 
@@ -62,7 +66,7 @@ class Run:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.command = command
-        self.name = name or command  # of the files
+        self.name = args.name or name or command  # of the files
         self.out: Path | None = args.out
         self.device = torch.device(args.device)
         self.rows: list[Row] = []
@@ -71,10 +75,13 @@ class Run:
         measured = measure_bandwidth(self.device, args.quick) if bandwidth else Bandwidth(0.0, 0.0, None, 0)
         budget = Budget.quick() if args.quick else Budget()
         if args.seconds:
-            budget = Budget(args.seconds, budget.min_rounds, budget.max_rounds, budget.warmup)
+            budget = replace(budget, seconds=args.seconds)
+        if self.device.type == "cuda":
+            budget = replace(budget, max_rounds=60)  # each round there steps twice
         cold = 2 * last_level_cache() if getattr(args, "cold", False) else 0
         options = Options(backend=args.backend, groups=getattr(args, "groups", 1))
-        self.session = Session(self.device, budget, measured, options, cold, args.out, args.quick)
+        self.session = Session(self.device, budget, measured, options, cold, args.quick)
+        self.session.deadline = time.perf_counter() + (args.limit or float("inf"))
         self.result: Result | None = None
         self.exit_code = 0
         self.records: list[dict[str, Any]] = []  # rows that are no timings
@@ -95,6 +102,8 @@ class Run:
         if noisy := self.session.noisy:
             some = "; ".join(noisy[:3]) + (" ..." if len(noisy) > 3 else "")
             warnings.append(f"noisy (p20 to p80 wider than 30 %): {len(noisy)} of {self.session.cells} timings: {some}")
+        if left_out := self.session.left_out:
+            warnings.append(f"time limit: {left_out} cells left out")
         for text in warnings:
             warn(text)
         for text in self.session.wrong:

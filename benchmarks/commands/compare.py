@@ -77,7 +77,7 @@ def same_cell(a: Row, b: Row) -> bool:
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
-    systems = get_systems(args.vs, args.device)
+    systems = get_systems(args.vs)
     precisions = {"fp32": PRECISIONS[:1], "low": PRECISIONS[1:], "all": PRECISIONS}[args.precision]
     name = "compare" if args.precision == "fp32" else f"compare-{args.precision}"
     run_ = Run("compare", args, name=name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -195,7 +196,13 @@ def show_decay(records: Sequence[dict[str, Any]]) -> None:
     show_table(title, columns, cells)
 
 
-def _tell(progress: Progress, seed: int, step: int) -> None:
+class TimeUpError(RuntimeError):
+    """The run's time limit came before the end of a training."""
+
+
+def _tell(progress: Progress, deadline: float, seed: int, step: int) -> None:
+    if time.perf_counter() > deadline:
+        raise TimeUpError
     progress(f"seed {seed}, step {step}")
 
 
@@ -209,8 +216,13 @@ def run(args: argparse.Namespace) -> int:
             records: list[dict[str, Any]] = []
             with Progress("converge", seeds * steps) as progress:
                 for seed in range(seeds):
-                    records += train(run_, args.size, steps, seed, partial(_tell, progress, seed))
-            show_loss(records)
+                    on_step = partial(_tell, progress, run_.session.deadline, seed)
+                    try:
+                        records += train(run_, args.size, steps, seed, on_step)
+                    except TimeUpError:
+                        run_.session.left_out += 1
+            if records:
+                show_loss(records)
             run_.records += records
         if "decay" in what:
             records = decay(run_)

@@ -62,7 +62,7 @@ def measure_host(
 
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
-    systems = get_systems(args.vs, args.device)
+    systems = get_systems(args.vs)
     counts = COUNTS[:-1] if args.quick else COUNTS
     run_ = Run("host", args)
     with run_, Progress("host", len(cases) * len(counts) * 2) as progress:

@@ -8,6 +8,7 @@ gradient the global norm, clipping and accumulation over whole gradient lists
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -101,6 +102,9 @@ def gradient(run: Run, profiles: Sequence[Profile], dtype: str = "fp32") -> list
 
 
 def gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) -> list[Row]:
+    if time.perf_counter() > run.session.deadline:
+        run.session.left_out += 1
+        return []
     problem = Problem(profile, precision, run.device)
     want = total_norm(problem.gradients())
     ours, torchs, passes = gradient_work(name)

@@ -109,7 +109,7 @@ def model_error(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
-    others = get_systems(args.vs, args.device)
+    others = get_systems(args.vs)
     systems = [SYSTEMS["fused"], *(s for s in others if s.key not in ("torch.foreach", "torch.compile"))]
     profile = get_profile(args.profile)
     run_ = Run("memory", args, bandwidth=False)

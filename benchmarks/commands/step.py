@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
     precision = precision_of(args)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
-    systems = get_systems(args.vs, args.device)
+    systems = get_systems(args.vs)
     groups = f"-{args.groups}-groups" if args.groups > 1 else ""
     name = "step" + ("" if precision == Precision() else f"-{precision.file_name}") + groups
     run_ = Run("step", args, name=name)
