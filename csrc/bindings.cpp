@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/adafactor.h"
 #include "cpu/driver.h"
 #include "host_table.h"
 #include "rules.h"
@@ -76,4 +77,23 @@ PYBIND11_MODULE(_C, m) {
       "update_cpu",
       [](const HostTable& table, const StepControl& control) { update(table.rows, table.groups, control); },
       py::arg("table"), py::arg("control"), py::call_guard<py::gil_scoped_release>());
+
+  m.attr("adafactor_hypers") = int(Adafactor::kHypers);
+  py::class_<FactoredTable>(m, "FactoredTable")
+      .def(py::init([](size_t rows) { return FactoredTable{std::vector<FactoredRow>(rows)}; }), py::arg("rows"))
+      .def(
+          "bind",
+          [](FactoredTable& table, size_t index, uintptr_t row_var, uintptr_t col_var, uintptr_t variance, int64_t lead,
+             int64_t rows, int64_t cols, uint32_t flags) {
+            table.rows.at(index) = {pointer<void>(row_var), pointer<void>(col_var), pointer<void>(variance), lead, rows, cols, flags};
+          },
+          py::arg("index"), py::arg("row_var"), py::arg("col_var"), py::arg("variance"), py::arg("lead"), py::arg("rows"),
+          py::arg("cols"), py::arg("flags"));
+  py::class_<AdafactorWorkspace>(m, "AdafactorWorkspace").def(py::init<>());
+  m.def(
+      "update_adafactor_cpu",
+      [](const HostTable& table, const FactoredTable& factored, const StepControl& control, AdafactorWorkspace& workspace) {
+        update_adafactor(table.rows, factored.rows, table.groups, control, workspace);
+      },
+      py::arg("table"), py::arg("factored"), py::arg("control"), py::arg("workspace"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,5 +1,6 @@
 #include "host_table.h"
 
+#include <limits>
 #include <stdexcept>
 
 namespace py = pybind11;
@@ -81,6 +82,7 @@ PyObject* grad_name() {
 
 double number_at(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (value == Py_None) return std::numeric_limits<double>::quiet_NaN();  // an option that is off
   const double number = PyFloat_AsDouble(value);  // bool, int, numpy scalars, tensors
   if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   return number;

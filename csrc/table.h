@@ -42,6 +42,16 @@ struct TensorRow {
   uint8_t state_format[kMaxStates];
 };
 
+// Beside the TensorRow of the same index where the second moment is kept by rows and columns. The states are float32,
+// float64 for float64 parameters. The elements lie in memory as `lead` matrices of `rows` x `cols`.
+struct FactoredRow {
+  void* row_var;   // lead x rows; null: not factored
+  void* col_var;   // lead x cols; null: not factored
+  void* variance;  // one per element; null: factored
+  int64_t lead, rows, cols;
+  uint32_t flags;  // Adafactor::Flag
+};
+
 struct GroupRow {
   double hyper[kMaxHypers];
   double grad_sign;  // -1 to maximize

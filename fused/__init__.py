@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .from_torch import from_torch
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # imported from a checkout that was never installe
 __all__ = [
     "SGD",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

@@ -8,6 +8,7 @@ import torch
 
 from . import state as state_storage
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .optimizer import FusedOptimizer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 COUNTERPARTS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adadelta: Adadelta,
+    torch.optim.Adafactor: Adafactor,
     torch.optim.Adagrad: Adagrad,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: AdamW,
@@ -36,9 +38,9 @@ def from_torch(optimizer: torch.optim.Optimizer, **options: Unpack[EngineOptions
     so that no second set of moments is ever in memory. Training goes on as if nothing had happened.
 
     Args:
-        optimizer: a torch.optim Adadelta, Adagrad, Adam, AdamW, RMSprop or SGD (these classes themselves: a subclass
-            may change the rule). Do not step it any more; learning-rate schedulers hold on to it and are to be made anew
-            (``scheduler.load_state_dict`` continues them).
+        optimizer: a torch.optim Adadelta, Adafactor, Adagrad, Adam, AdamW, RMSprop or SGD (these classes themselves:
+            a subclass may change the rule). Do not step it any more; learning-rate schedulers hold on to it and are to
+            be made anew (``scheduler.load_state_dict`` continues them).
         **options: master weights, state formats, clipping and more: see :class:`fused.optimizer.FusedOptimizer`.
 
     Returns:

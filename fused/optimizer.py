@@ -111,6 +111,9 @@ class FusedOptimizer(Optimizer):
 
     # ---- what a subclass says ----
 
+    _kernels = ""
+    """Name of the kernels that update this class where they are not the elementwise ones."""
+
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule for a parameter group."""
         raise NotImplementedError
@@ -118,6 +121,9 @@ class FusedOptimizer(Optimizer):
     def _init_state(self, group: dict[str, Any], name: str, like: Tensor) -> Tensor:
         """First value of the state ``name``: zeros of ``like``'s dtype and layout."""
         return torch.zeros_like(like)
+
+    def _complete_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Creates, checks and converts state of other shapes than the parameter's; the rule's own is taken care of."""
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether parameters of this group keep a step count."""
@@ -138,7 +144,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if self._plan is None:
                 self._plan = Plan(self)
             self._plan.step()

@@ -50,6 +50,7 @@ def initialize(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) 
         if state.get(name) is None:
             value = optimizer._init_state(group, name, param.detach())
             _put(state, rule, name, value, storage.dtype_of_state(param))
+    optimizer._complete_state(group, param.detach(), state)
     return state
 
 
@@ -117,6 +118,7 @@ def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor
             result[name] = value
     _dequantize_unless(storage, param, rule, result)
     _convert_master(storage, param, result)
+    optimizer._complete_state(group, param.detach(), result)
     return result
 
 

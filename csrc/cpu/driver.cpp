@@ -96,12 +96,6 @@ class Partition {
   int64_t total_;
 };
 
-int threads_for(const std::vector<TensorRow>& rows) {
-  int64_t elements = 0;
-  for (const TensorRow& row : rows) elements += row.grad == nullptr ? 0 : row.numel + kRowCost;
-  return int(std::max<int64_t>(1, std::min<int64_t>(max_threads(), elements / kElementsPerThread)));
-}
-
 template <class Body>
 void parallel(int threads, Body body) {
 #if defined(_OPENMP)
@@ -133,6 +127,14 @@ int max_threads() {
 #else
   return 1;
 #endif
+}
+
+const Kernels& active_kernels() { return *active; }
+
+int threads_for(const std::vector<TensorRow>& rows) {
+  int64_t elements = 0;
+  for (const TensorRow& row : rows) elements += row.grad == nullptr ? 0 : row.numel + kRowCost;
+  return int(std::max<int64_t>(1, std::min<int64_t>(max_threads(), elements / kElementsPerThread)));
 }
 
 void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values, double* total) {

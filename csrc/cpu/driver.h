@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../table.h"
+#include "kernels.h"
 
 namespace fused {
 
@@ -12,6 +13,10 @@ namespace fused {
 const char* isa();
 void select_isa(const std::string& name);
 int max_threads();
+
+const Kernels& active_kernels();
+// How many threads are worth their while for these rows.
+int threads_for(const std::vector<TensorRow>& rows);
 
 // Norms of the gradients: `row_values` receives one value per row (sum of squares or largest magnitude; may be null),
 // `total` {value over all rows, number of rows with nonfinite elements}.

@@ -9,6 +9,7 @@
 
 #include "../formats.h"
 #include "../rules.h"
+#include "adafactor_kernels.h"
 #include "storage.h"
 
 namespace fused {
@@ -56,12 +57,7 @@ void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, in
     apply_rule<Rule, float>(p, g, s, n, factor, constants);
     if (in_place) continue;
     for (int k = -1; k < Rule::kStates; ++k) {
-      const uint32_t* random = nullptr;
-      const uint8_t format = k < 0 ? (row.master_format == kNone ? row.param_format : row.master_format) : row.state_format[k];
-      if (row.stochastic && (format == kBFloat16 || format == kFloat16 || format == kRemainder8)) {
-        fill_random(row, uint32_t(k + 1), context, b, n, buffer.random);
-        random = buffer.random;
-      }
+      const uint32_t* random = random_for(row, k, context, b, n, buffer.random);
       if (k < 0) {
         store_param(row, b, n, p, random);
       } else {
@@ -151,7 +147,8 @@ Reduction reduce(const TensorRow& row, int64_t begin, int64_t end, bool maximum)
 extern const Kernels kernels;
 #define FUSED_STRING(x) #x
 #define FUSED_NAME(x) FUSED_STRING(x)
-const Kernels kernels = {FUSED_NAME(FUSED_ISA), &update, &reduce};
+const Kernels kernels = {FUSED_NAME(FUSED_ISA), &update, &reduce,
+                         {&adafactor_stats, &adafactor_combine, &adafactor_norm, &adafactor_apply}};
 
 }  // namespace FUSED_ISA
 }  // namespace fused

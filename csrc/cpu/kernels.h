@@ -21,10 +21,21 @@ struct Reduction {
   bool nonfinite;
 };
 
+struct AdafactorJob;
+
+// The passes of Adafactor over one tensor (adafactor.h says how it is divided).
+struct AdafactorKernels {
+  void (*stats)(const AdafactorJob&, int64_t tile, double* scratch);
+  void (*combine)(const AdafactorJob&, int64_t unit);
+  void (*norm)(const AdafactorJob&, int64_t chunk);
+  void (*apply)(const AdafactorJob&, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   const char* name;
   void (*update)(const TensorRow&, const GroupRow&, int64_t begin, int64_t end, const UpdateContext&);
   Reduction (*reduce)(const TensorRow&, int64_t begin, int64_t end, bool maximum);
+  AdafactorKernels adafactor;
 };
 
 }  // namespace fused

@@ -246,6 +246,14 @@ void store_state(const TensorRow& row, int k, int64_t begin, int64_t n, const fl
   store(format, row.state[k], begin, n, in, random);
 }
 
+// The random bits with which one operand is stored: state `k`, -1 for the parameter. Null: to nearest.
+const uint32_t* random_for(const TensorRow& row, int k, const UpdateContext& context, int64_t begin, int64_t n, uint32_t* buffer) {
+  const uint8_t format = k < 0 ? (row.master_format == kNone ? row.param_format : row.master_format) : row.state_format[k];
+  if (!row.stochastic || (format != kBFloat16 && format != kFloat16 && format != kRemainder8)) return nullptr;
+  fill_random(row, uint32_t(k + 1), context, begin, n, buffer);
+  return buffer;
+}
+
 }  // namespace
 }  // namespace FUSED_ISA
 }  // namespace fused

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +41,13 @@ def _triton_status() -> tuple[bool, str]:
     return False, "the Triton kernels are not part of this version"
 
 
-def choose(device: torch.device, requested: str | None) -> str:
+def choose(device: torch.device, requested: str | None, kernels: str = "") -> str:
     """Name of the backend for tensors on ``device``.
+
+    Args:
+        device: of the tensors.
+        requested: the backend that was asked for; None: the best.
+        kernels: which kernels it has to have; "": the elementwise ones.
 
     Raises:
         RuntimeError: ``requested`` is not available, or not made for that device.
@@ -51,10 +58,21 @@ def choose(device: torch.device, requested: str | None) -> str:
         available, reason = known[requested]
         if not available:
             raise RuntimeError(f"backend={requested!r} is not available: {reason}")
+        if not _has_kernels(requested, kernels):
+            raise RuntimeError(f"backend={requested!r} has no kernels for {kernels.capitalize()} in this version")
         if requested != "reference" and requested not in serves:
             raise RuntimeError(f"backend={requested!r} does not serve parameters on device {device}")
         return requested
-    return next((name for name in serves if known[name][0]), "reference")
+    return next((name for name in serves if known[name][0] and _has_kernels(name, kernels)), "reference")
+
+
+@cache
+def _has_kernels(name: str, kernels: str) -> bool:
+    return find_spec(_module(name, kernels), __package__) is not None
+
+
+def _module(name: str, kernels: str) -> str:
+    return f".{name}_{kernels}" if kernels else f".{name}"
 
 
 def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
@@ -64,11 +82,14 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
     for index, (group, _, param) in enumerate(optimizer._parameters()):
         device = local(param).device
         by_autograd = optimizer.param_groups[group].get("differentiable") or torch.compiler.is_compiling()
-        name = "reference" if by_autograd else choose(device, requested)
+        name = "reference" if by_autograd else choose(device, requested, optimizer._kernels)
         places.setdefault((name, device), []).append(index)
-    return [_batch_class(name)(optimizer, device, indices) for (name, device), indices in places.items()]
+    return [
+        _batch_class(name, optimizer._kernels)(optimizer, device, indices)
+        for (name, device), indices in places.items()
+    ]
 
 
-def _batch_class(name: str) -> Any:
-    module = importlib.import_module(f".{name}", __package__)
+def _batch_class(name: str, kernels: str) -> Any:
+    module = importlib.import_module(_module(name, kernels), __package__)
     return module.Batch

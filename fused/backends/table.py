@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from .. import state as state_storage
 from ..optimizer import parameter_name
 from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Format, Storage
-from ..rules import RULES
+from ..rules import RULES, Hyper
 from ..state import local
 from . import extension
 
@@ -29,6 +30,8 @@ class TableBatch:
     strides than its parameter. Such copies are made before the update and written back after it.
     """
 
+    hypers_by_rule: Sequence[Sequence[Hyper]] = tuple(rule.hypers for rule in RULES.values())
+
     def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
         self.optimizer = optimizer
         self.device = device
@@ -36,7 +39,7 @@ class TableBatch:
         self.members = [(g, i, param) for g, i, param in optimizer._parameters()]
         self.rules = [optimizer._rule(group) for group in optimizer.param_groups]
         self.rule_of_group = [rule.index for rule in self.rules]
-        self.table = extension.HostTable([list(rule.hypers) for rule in RULES.values()])
+        self.table = extension.HostTable([list(hypers) for hypers in self.hypers_by_rule])
         self.table.resize(len(self.members), len(optimizer.param_groups))
         self.staged: dict[int, list[Tensor]] = {}
         self.write_back: list[tuple[Tensor, Tensor]] = []
@@ -107,10 +110,9 @@ class TableBatch:
         state = state_storage.initialize(self.optimizer, group, param)
         storage = Storage.of(group)
         value, grad = _real(local(param.detach())), _real(local(param.grad.detach()))
-        direct = plain and is_dense(value)
-        dense = value
-        if not is_dense(value):
-            dense = torch.empty_like(value).copy_(value)
+        dense = self._dense(index, value)
+        direct = plain and dense is value
+        if dense is not value:
             self.staged.setdefault(index, []).append(dense)
             self.write_back.append((value, dense))
         if not same_strides(grad, dense):
@@ -132,7 +134,15 @@ class TableBatch:
             fields["step"] = state["step"].data_ptr()
         self._bind_master(fields, state, dense)
         fields["states"] = [self._state_fields(state, name, dense, name not in rule.nonnegative) for name in rule.states]
+        self._bind_more(index, state, dense)
         self.table.bind(index, param, direct, state, fields)
+
+    def _dense(self, _index: int, value: Tensor) -> Tensor:
+        """The parameter itself where kernels can take it as it lies in memory, else a copy that they can."""
+        return value if is_dense(value) else torch.empty_like(value).copy_(value)
+
+    def _bind_more(self, index: int, state: dict[str, Any], dense: Tensor) -> None:
+        """Describes to a second table what the first has no place for."""
 
     def _bind_master(self, fields: dict[str, Any], state: dict[str, Any], dense: Tensor) -> None:
         for key in (state_storage.MASTER, state_storage.REMAINDER):
