@@ -313,7 +313,8 @@ void apply_as(const AdafactorJob& job, int64_t begin, int64_t end) {
       float* moment = has_moment ? const_cast<float*>(load_state(row, 0, b, n, buffer.state[0])) : nullptr;
       apply_block<float>(job, n, p, g, root, moment);
       store_param(row, b, n, p, random_for(row, -1, job.context, b, n, buffer.random));
-      if (has_moment) store_state(row, 0, b, n, moment, random_for(row, 0, job.context, b, n, buffer.random));
+      if (!has_moment) continue;
+      store_state(row, 0, b, n, moment, random_for(row, 0, job.context, b, n, buffer.random), uint32_t(job.context.step));
     }
   }
 }
