@@ -4,7 +4,9 @@
 
 #include "cpu/adafactor.h"
 #include "cpu/driver.h"
+#include "gradient_rows.h"
 #include "host_table.h"
+#include "prologue.h"
 #include "rules.h"
 
 namespace py = pybind11;
@@ -46,16 +48,18 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<StepControl>(m, "StepControl")
       .def(py::init([](uintptr_t norm_total, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t grad_norm, uintptr_t skipped,
-                       double max_norm, double grad_multiplier, uint64_t seed, bool norm_is_max, bool skip_nonfinite) {
+                       double max_norm, double grad_multiplier, uint64_t seed, bool norm_is_max, bool skip_nonfinite,
+                       uintptr_t unscale) {
              return StepControl{pointer<const double>(norm_total), pointer<const float>(grad_scale),
                                 pointer<const float>(found_inf),   pointer<float>(grad_norm),
                                 pointer<float>(skipped),           max_norm,
                                 grad_multiplier,                   seed,
-                                norm_is_max,                       skip_nonfinite};
+                                norm_is_max,                       skip_nonfinite,
+                                pointer<double>(unscale)};
            }),
            py::arg("norm_total") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("grad_norm") = 0,
            py::arg("skipped") = 0, py::arg("max_norm") = -1.0, py::arg("grad_multiplier") = 1.0, py::arg("seed") = 0,
-           py::arg("norm_is_max") = false, py::arg("skip_nonfinite") = false);
+           py::arg("norm_is_max") = false, py::arg("skip_nonfinite") = false, py::arg("unscale") = 0);
 
   py::class_<HostTable>(m, "HostTable")
       .def(py::init<py::list>(), py::arg("hyper_names_by_rule"))
@@ -67,12 +71,45 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("active_generation", &HostTable::active_generation)
       .def_readonly("generation", &HostTable::generation);
 
+  py::class_<GradientRows>(m, "GradientRows")
+      .def(py::init<const py::list&, bool>(), py::arg("items"), py::arg("of_params"))
+      .def_readonly("has_float64", &GradientRows::has_float64)
+      .def_readonly("tensors", &GradientRows::tensors)
+      .def_readonly("rest", &GradientRows::rest);
+
+  py::class_<Accumulation>(m, "Accumulation")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("params"), py::arg("buffers"))
+      .def("look_up", &Accumulation::look_up, py::arg("index") = -1)
+      .def("add", &Accumulation::add, py::call_guard<py::gil_scoped_release>())
+      .def("release", &Accumulation::release)
+      .def("count", &Accumulation::count, py::arg("index"))
+      .def("count_of", &Accumulation::count_of, py::arg("index"))
+      .def("largest_count", &Accumulation::largest_count)
+      .def("reset", &Accumulation::reset);
+
+  const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(
       "reduce_cpu",
       [](const HostTable& table, bool maximum, uintptr_t row_values, uintptr_t total) {
         reduce(table.rows, maximum, pointer<double>(row_values), pointer<double>(total));
       },
-      py::arg("table"), py::arg("maximum"), py::arg("row_values"), py::arg("total"), py::call_guard<py::gil_scoped_release>());
+      py::arg("table"), py::arg("maximum"), py::arg("row_values"), py::arg("total"), unlocked);
+  m.def(
+      "norm_total_cpu",
+      [](const GradientRows& rows, bool maximum) {
+        double out[2];
+        {
+          const py::gil_scoped_release release;
+          reduce(rows.rows, maximum, nullptr, out);
+        }
+        return py::make_tuple(out[0], out[1]);
+      },
+      py::arg("rows"), py::arg("maximum"));
+  m.def("scale_cpu", [](const GradientRows& rows, double factor) { return scale(rows.rows, factor); }, py::arg("rows"),
+        py::arg("factor"), unlocked);
+  m.def("clamp_cpu", [](const GradientRows& rows, double limit) { clamp(rows.rows, limit); }, py::arg("rows"),
+        py::arg("limit"), unlocked);
+  m.def("clip_factor", &clip_factor, py::arg("norm"), py::arg("max_norm"));
   m.def(
       "update_cpu",
       [](const HostTable& table, const StepControl& control) { update(table.rows, table.groups, control); },

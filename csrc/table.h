@@ -64,11 +64,12 @@ struct StepControl {
   const float* found_inf;    // nonzero: skip
   float* grad_norm;          // out: norm of the unscaled gradients before clipping
   float* skipped;            // out: 1 where the step was skipped
-  double max_norm;           // negative: no clipping
+  double max_norm;           // negative: no clipping; infinite: the norm is wanted, not clipping
   double grad_multiplier;    // a constant factor for the gradients (averaging)
   uint64_t seed;
   int32_t norm_is_max;
   int32_t skip_nonfinite;
+  double* unscale;           // out: what made unscaled gradients of the raw ones, before clipping
 };
 
 }  // namespace fused

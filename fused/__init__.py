@@ -6,6 +6,7 @@ from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .from_torch import from_torch
 from .groups import param_groups
 from .lion import Lion
@@ -28,6 +29,10 @@ __all__ = [
     "FusedOptimizer",
     "Lion",
     "RMSprop",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
     "from_torch",
+    "get_total_norm",
     "param_groups",
 ]

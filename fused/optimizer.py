@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from . import state as state_storage
 from .plan import Plan
 from .precision import Storage, parse_master_weights, parse_state_dtype
 from .rules import Rule
+
+if TYPE_CHECKING:
+    from .accumulate import GradientAccumulator
 
 GROUP_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
 """Options of the engine that may differ between parameter groups."""
@@ -54,16 +57,26 @@ class FusedOptimizer(Optimizer):
         stochastic_rounding: round to a lower precision with the probability of the distance, reproducibly from ``seed``.
             May differ per group.
         seed: of the stochastic rounding.
-        max_grad_norm: clip the global norm of all gradients to this; None: do not. The factor is applied during the
+        max_grad_norm: clip the global norm of all gradients (all groups, dtypes, devices and shards) to this; None: do
+            not; ``inf``: measure it only. The norm costs one read of the gradients; the factor is applied during the
             update, ``p.grad`` is left as it is.
         norm_type: 2.0 or ``inf``.
-        skip_nonfinite: skip the whole step, the step count included, where any gradient is infinite or NaN.
+        skip_nonfinite: skip the whole step, the step count included, where any gradient is infinite or NaN. The device
+            decides; the host does not wait. Without it such gradients do what they do in torch.optim.
         amp_scaling: let ``torch.amp.GradScaler`` hand its scale to the step instead of unscaling the gradients itself.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the best for each parameter's device.
 
     Raises:
         ValueError: an option has no such value, or does not fit a parameter's dtype; the message names both.
     """
+
+    _plan: Plan | None
+    _grad_norm: Tensor | None
+    _skipped: Tensor | None
+    _unscale: Tensor | None
+    _incoming_found_inf: Tensor | None
+    _check_nonfinite: bool  # set for a step by a loss scaler
+    _accumulator: GradientAccumulator | None
 
     def __init__(
         self,
@@ -101,10 +114,7 @@ class FusedOptimizer(Optimizer):
             "amp_scaling": bool(amp_scaling),
             "backend": backend,
         }
-        self._plan: Plan | None = None
-        self.grad_norm: Tensor | None = None
-        self._skipped: Tensor | None = None
-        self._incoming_found_inf: Tensor | None = None
+        self._reset_engine()
         super().__init__(params, {**defaults, **group_options})
         self.defaults.update(self._options)
         self._step_supports_amp_scaling = self._options["amp_scaling"]
@@ -147,7 +157,11 @@ class FusedOptimizer(Optimizer):
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             if self._plan is None:
                 self._plan = Plan(self)
-            self._plan.step()
+            if self._accumulator is None:
+                self._plan.step()
+            else:
+                with self._accumulator._lent() as grad_multiplier:
+                    self._plan.step(grad_multiplier)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -197,10 +211,79 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._options = {name: self.defaults[name] for name in OPTIMIZER_OPTIONS}
         self._step_supports_amp_scaling = self._options["amp_scaling"]
+        self._reset_engine()
+
+    def _reset_engine(self) -> None:
+        """Forgets what lives from step to step and is in no checkpoint."""
         self._plan = None
-        self.grad_norm = None
-        self._skipped = None
+        self._grad_norm = self._skipped = self._unscale = None
         self._incoming_found_inf = None
+        self._check_nonfinite = False
+        self._accumulator = None
+
+    # ---- what a step found out about its gradients ----
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients, unscaled and before clipping; None where they were not read for it.
+
+        A copy without dimensions (float32) on the device of the first parameters; taking it waits for nothing.
+        """
+        return None if self._grad_norm is None else self._grad_norm.clone()
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norm of each parameter's gradient in the last step, from the same read as :attr:`grad_norm`.
+
+        Returns:
+            By the parameter's name, or ``"group.index"`` where its group has no names: float32 tensors without
+            dimensions on the device, unscaled, before clipping; 0 where there was no gradient. Nothing waits.
+
+        Raises:
+            RuntimeError: the last step did not read its gradients for a norm.
+        """
+        return dict(zip(self._parameter_names(), self._norms_of(self._row_values()[:, 0]), strict=False))
+
+    def group_norms(self) -> list[Tensor]:
+        """Norm of each parameter group's gradients in the last step; as :meth:`grad_norms`.
+
+        Raises:
+            RuntimeError: the last step did not read its gradients for a norm.
+        """
+        rows = self._row_values()[:, 0]
+        parts = rows.split([len(group["params"]) for group in self.param_groups])
+        maximum = self._options["norm_type"] == float("inf")
+        empty = rows.new_zeros(1)
+        values = [torch.cat((part, empty)) for part in parts]
+        return self._norms_of(torch.stack([value.amax() if maximum else value.sum() for value in values]))
+
+    def find_nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradients held an infinity or NaN in the last step. Waits for the device.
+
+        Raises:
+            RuntimeError: the last step did not read its gradients for a norm.
+        """
+        bad = (self._row_values()[:, 1] != 0).tolist()
+        return [name for name, is_bad in zip(self._parameter_names(), bad, strict=False) if is_bad]
+
+    def _row_values(self) -> Tensor:
+        rows = None if self._plan is None or self._unscale is None else self._plan.row_values
+        if rows is None:
+            raise RuntimeError(
+                "the last step did not measure its gradients: set max_grad_norm (inf measures without clipping), "
+                "skip_nonfinite=True, or step through fused.GradScaler"
+            )
+        return rows
+
+    def _norms_of(self, values: Tensor) -> list[Tensor]:
+        assert self._unscale is not None
+        roots = values if self._options["norm_type"] == float("inf") else values.sqrt()
+        return list((roots * self._unscale.abs()).to(torch.float32).unbind())
+
+    def _parameter_names(self) -> list[str]:
+        names: list[str] = []
+        for g, group in enumerate(self.param_groups):
+            names += group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
+        return names
 
     @property
     def found_inf(self) -> Tensor | None:
@@ -208,7 +291,9 @@ class FusedOptimizer(Optimizer):
 
         ``torch.amp.GradScaler`` sets it before a step, to what it found itself, and deletes it after.
         """
-        return self._skipped if self._incoming_found_inf is None else self._incoming_found_inf
+        if self._incoming_found_inf is not None:
+            return self._incoming_found_inf
+        return None if self._skipped is None else self._skipped.clone()
 
     @found_inf.setter
     def found_inf(self, value: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, sharding
 from .precision import Storage
 from .rules import Rule
 
@@ -21,16 +21,17 @@ class Control:
     """What one step needs to know beside parameters, gradients and state. Tensors are never read on the host.
 
     Attributes:
-        max_norm: clip the global norm to this; None: do not.
+        max_norm: clip the global norm to this; None: do not; inf: measure it only.
         norm_type: 2.0 or inf.
         skip_nonfinite: skip the step if any gradient is infinite or NaN.
         seed: of the stochastic rounding.
-        norm_total: float64, ``(sum of squares or largest magnitude, number of nonfinite tensors)`` of the raw gradients.
+        norm_total: float64, ``(sum of squares or largest magnitude, number of nonfinite tensors)``, of raw gradients.
         grad_scale: loss scale to divide out.
         found_inf: skip the step where nonzero.
         grad_norm: receives the norm of the unscaled gradients before clipping.
         skipped: receives 1 where the step was skipped.
         grad_multiplier: constant factor of the gradients.
+        unscale: float64, receives what made unscaled gradients of the raw ones, before clipping.
     """
 
     max_norm: float | None
@@ -43,12 +44,20 @@ class Control:
     grad_norm: Tensor | None = None
     skipped: Tensor | None = None
     grad_multiplier: float = 1.0
+    unscale: Tensor | None = None
 
 
 class Batch(Protocol):
-    """The parameters of one backend on one device."""
+    """The parameters of one backend on one device.
+
+    Attributes:
+        device: of the parameters.
+        row_values: float64 ``(parameters of the optimizer, 2)``, written by ``reduce``: sum of squares or largest
+            magnitude of each gradient, and whether it holds an infinity or NaN; zero where this batch has no gradient.
+    """
 
     device: torch.device
+    row_values: Tensor
 
     def refresh(self) -> bool:
         """Looks at parameters and gradients. False: the parameter groups hold other parameters than the batch."""
@@ -78,13 +87,16 @@ class Plan:
         self.optimizer = optimizer
         self.signature: Signature = []
         self.batches: list[Batch] = []
+        self.shards: list[sharding.Shards] = []
+        self.row_values: Tensor | None = None
+        self.results: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def step(self) -> None:
-        """One step over all parameters."""
+    def step(self, grad_multiplier: float = 1.0) -> None:
+        """One step over all parameters, with every gradient multiplied by ``grad_multiplier``."""
         self._refresh()
         if not self.batches:
             return
-        control = self._control()
+        control = self._control(grad_multiplier)
         for batch in self.batches:
             batch.update(control if len(self.batches) == 1 else _on_device(control, batch.device))
 
@@ -93,22 +105,61 @@ class Plan:
         if current != self.signature or not all(batch.refresh() for batch in self.batches):
             self.signature = current
             self.batches = backends.make_batches(self.optimizer)
+            self.shards = sharding.shards_of([param for _, _, param in self.optimizer._parameters()])
+            self.row_values = None
             for batch in self.batches:
                 batch.refresh()
 
-    def _control(self) -> Control:
-        optimizer, options = self.optimizer, self.optimizer._options
-        control = Control(options["max_grad_norm"], options["norm_type"], options["skip_nonfinite"], options["seed"])
-        control.grad_scale = getattr(optimizer, "grad_scale", None)
-        control.found_inf = optimizer._incoming_found_inf
-        if control.max_norm is not None or control.skip_nonfinite:
-            device = self.batches[0].device
-            if optimizer.grad_norm is None or optimizer.grad_norm.device != device:
-                optimizer.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
-                optimizer._skipped = torch.zeros((), dtype=torch.float32, device=device)
-            control.grad_norm, control.skipped = optimizer.grad_norm, optimizer._skipped
-            control.norm_total = combine([batch.reduce(control.norm_type) for batch in self.batches], control.norm_type)
+    def _control(self, grad_multiplier: float) -> Control:
+        optimizer, options, device = self.optimizer, self.optimizer._options, self.batches[0].device
+        control = Control(
+            options["max_grad_norm"],
+            options["norm_type"],
+            options["skip_nonfinite"] or optimizer._check_nonfinite,
+            options["seed"],
+            grad_scale=_scalar(getattr(optimizer, "grad_scale", None), device),
+            found_inf=_scalar(optimizer._incoming_found_inf, device),
+            grad_multiplier=grad_multiplier,
+        )
+        measured = control.max_norm is not None or control.skip_nonfinite
+        if measured or control.found_inf is not None:
+            grad_norm, control.skipped, unscale = self._results(device)
+            if measured:
+                control.grad_norm, control.unscale = grad_norm, unscale
+                control.norm_total = self._norm_total(control.norm_type)
+        optimizer._grad_norm, optimizer._skipped = control.grad_norm, control.skipped
+        optimizer._unscale = control.unscale
         return control
+
+    def _results(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm, skipped and unscale factor: the same memory every step, as a captured graph needs it."""
+        if self.results is None or self.results[0].device != device:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            norm, skipped = torch.zeros(2, dtype=torch.float32, device=device).unbind()
+            self.results = norm, skipped, torch.ones((), dtype=wide, device=device)
+        return self.results
+
+    def _norm_total(self, norm_type: float) -> Tensor:
+        """Reads the gradients of all batches; over all shards of sharded ones."""
+        totals = [batch.reduce(norm_type) for batch in self.batches]
+        if len(self.batches) == 1 and not self.shards:
+            self.row_values = self.batches[0].row_values
+            return totals[0]
+        # Every batch has zeros in the rows of the others.
+        rows = [batch.row_values.to(totals[0].device, non_blocking=True) for batch in self.batches]
+        self.row_values = torch.stack(rows).sum(0)
+        if not self.shards:
+            return combine(totals, norm_type)
+        maximum = norm_type == float("inf")
+        for shards in self.shards:
+            shards.all_reduce(self.row_values, maximum)
+        value = self.row_values[:, 0].amax() if maximum else self.row_values[:, 0].sum()
+        return torch.stack((value, self.row_values[:, 1].sum()))
+
+
+def _scalar(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """A scale or flag from outside as kernels read it."""
+    return None if tensor is None else tensor.detach().to(device, torch.float32, non_blocking=True)
 
 
 def combine(totals: list[Tensor], norm_type: float) -> Tensor:
@@ -129,7 +180,7 @@ def _on_device(control: Control, device: torch.device) -> Control:
     fields: dict[str, Any] = {**vars(control)}
     for name in ("norm_total", "grad_scale", "found_inf"):
         fields[name] = moved(fields[name])
-    for name in ("grad_norm", "skipped"):
+    for name in ("grad_norm", "skipped", "unscale"):
         if fields[name] is not None and fields[name].device != device:
             fields[name] = None
     return Control(**fields)

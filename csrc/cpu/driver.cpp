@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>
@@ -163,10 +164,41 @@ void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values
     }
     value = maximum ? max_nan(row_value, value) : value + row_value;
     nonfinite += row_nonfinite;
-    if (row_values != nullptr) row_values[r] = row_value;
+    if (row_values != nullptr) {
+      row_values[2 * r] = row_value;
+      row_values[2 * r + 1] = row_nonfinite;
+    }
   }
   total[0] = value;
   total[1] = nonfinite;
+}
+
+bool scale(const std::vector<TensorRow>& rows, double factor) {
+  std::atomic<bool> nonfinite{false};
+  const int threads = threads_for(rows);
+  const Partition partition(rows, threads);
+  parallel(threads, [&](int thread) {
+    bool found = false;
+    partition.for_each(thread, [&](const Piece& p) { found |= active->scale(rows[p.row], p.begin, p.end, factor); });
+    if (found) nonfinite = true;
+  });
+  return nonfinite;
+}
+
+void clamp(const std::vector<TensorRow>& rows, double limit) {
+  const int threads = threads_for(rows);
+  const Partition partition(rows, threads);
+  parallel(threads, [&](int thread) {
+    partition.for_each(thread, [&](const Piece& p) { active->clamp(rows[p.row], p.begin, p.end, limit); });
+  });
+}
+
+void accumulate(const std::vector<TensorRow>& rows, const std::vector<uint8_t>& overwrite) {
+  const int threads = threads_for(rows);
+  const Partition partition(rows, threads);
+  parallel(threads, [&](int thread) {
+    partition.for_each(thread, [&](const Piece& p) { active->accumulate(rows[p.row], p.begin, p.end, overwrite[p.row] != 0); });
+  });
 }
 
 void update(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, const StepControl& control) {

@@ -18,9 +18,16 @@ const Kernels& active_kernels();
 // How many threads are worth their while for these rows.
 int threads_for(const std::vector<TensorRow>& rows);
 
-// Norms of the gradients: `row_values` receives one value per row (sum of squares or largest magnitude; may be null),
-// `total` {value over all rows, number of rows with nonfinite elements}.
+// Norms of the gradients: `row_values` receives {sum of squares or largest magnitude, 1 where an element is not finite} per
+// row (may be null), `total` {value over all rows, number of rows with nonfinite elements}.
 void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values, double* total);
+
+// In place on the gradients. `scale` returns whether one of the old values was not finite.
+bool scale(const std::vector<TensorRow>& rows, double factor);
+void clamp(const std::vector<TensorRow>& rows, double limit);
+
+// Adds every row's gradient to the float32 or float64 tensor at `param`, or stores it there where `overwrite` says so.
+void accumulate(const std::vector<TensorRow>& rows, const std::vector<uint8_t>& overwrite);
 
 void update(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, const StepControl& control);
 

@@ -10,6 +10,7 @@
 #include "../formats.h"
 #include "../rules.h"
 #include "adafactor_kernels.h"
+#include "gradients.h"
 #include "storage.h"
 
 namespace fused {
@@ -97,57 +98,12 @@ void update(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t 
   (row.param_format == kFloat64 ? in_double : in_float)[row.rule](row, group, begin, end, context);
 }
 
-// ---- the norm ----
-
-// Sixteen accumulators in float64 and a fixed tree: the same bits for every instruction set and thread count.
-template <class T>
-Reduction reduce_block(const T* __restrict g, int64_t n, bool maximum) {
-  constexpr int kLanes = 16;
-  double lane[kLanes] = {};
-  double poison = 0.0;  // 0 * x is NaN for an infinite or NaN x
-  const int64_t full = n - n % kLanes;
-  if (maximum) {
-    for (int64_t i = 0; i < full; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) lane[l] = max_nan(double(std::fabs(g[i + l])), lane[l]);
-    for (int64_t i = full; i < n; ++i) lane[i - full] = max_nan(double(std::fabs(g[i])), lane[i - full]);
-  } else {
-    for (int64_t i = 0; i < full; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) lane[l] += double(g[i + l]) * double(g[i + l]);
-    for (int64_t i = full; i < n; ++i) lane[i - full] += double(g[i]) * double(g[i]);
-  }
-  if constexpr (sizeof(T) == 8) {
-    for (int64_t i = 0; i < n; ++i) poison += 0.0 * double(g[i]);  // a square may overflow where the element does not
-  }
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lane[l] = maximum ? max_nan(lane[l], lane[l + width]) : lane[l] + lane[l + width];
-  const bool finite = sizeof(T) == 8 ? poison == 0.0 : std::isfinite(lane[0]);
-  return {lane[0], !finite};
-}
-
-template <class T>
-Reduction reduce_range(const TensorRow& row, int64_t begin, int64_t end, bool maximum) {
-  alignas(64) T buffer[kBlock];
-  Reduction total = {0.0, false};
-  for (int64_t b = begin; b < end; b += kBlock) {
-    const int64_t n = std::min(kBlock, end - b);
-    const Reduction part = reduce_block(load(row.grad_format, row.grad, b, n, buffer), n, maximum);
-    total.value = maximum ? max_nan(part.value, total.value) : total.value + part.value;
-    total.nonfinite |= part.nonfinite;
-  }
-  return total;
-}
-
-Reduction reduce(const TensorRow& row, int64_t begin, int64_t end, bool maximum) {
-  return row.grad_format == kFloat64 ? reduce_range<double>(row, begin, end, maximum)
-                                     : reduce_range<float>(row, begin, end, maximum);
-}
-
 }  // namespace
 
 extern const Kernels kernels;
 #define FUSED_STRING(x) #x
 #define FUSED_NAME(x) FUSED_STRING(x)
-const Kernels kernels = {FUSED_NAME(FUSED_ISA), &update, &reduce,
+const Kernels kernels = {FUSED_NAME(FUSED_ISA), &update, &reduce, &scale, &clamp, &accumulate,
                          {&adafactor_stats, &adafactor_combine, &adafactor_norm, &adafactor_apply}};
 
 }  // namespace FUSED_ISA

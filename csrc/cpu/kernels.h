@@ -34,7 +34,11 @@ struct AdafactorKernels {
 struct Kernels {
   const char* name;
   void (*update)(const TensorRow&, const GroupRow&, int64_t begin, int64_t end, const UpdateContext&);
-  Reduction (*reduce)(const TensorRow&, int64_t begin, int64_t end, bool maximum);
+  Reduction (*reduce)(const TensorRow&, int64_t begin, int64_t end, bool maximum);  // at most a chunk
+  // On the gradients alone; `scale` returns whether one of the old values was not finite.
+  bool (*scale)(const TensorRow&, int64_t begin, int64_t end, double factor);
+  void (*clamp)(const TensorRow&, int64_t begin, int64_t end, double limit);
+  void (*accumulate)(const TensorRow&, int64_t begin, int64_t end, bool overwrite);
   AdafactorKernels adafactor;
 };
 

@@ -17,8 +17,8 @@ class Batch(TableBatch):
 
     def reduce(self, norm_type: float) -> Tensor:
         """One read of the gradients; see :class:`fused.plan.Batch`."""
-        total = torch.zeros(2, dtype=torch.float64)
-        extension.reduce_cpu(self.table, norm_type == float("inf"), 0, total.data_ptr())
+        total = torch.empty(2, dtype=torch.float64)
+        extension.reduce_cpu(self.table, norm_type == float("inf"), self.row_values.data_ptr(), total.data_ptr())
         return total
 
     def update(self, control: Control) -> None:
@@ -44,4 +44,5 @@ def step_control(control: Control) -> Any:
         control.seed,
         control.norm_type == float("inf"),
         control.skip_nonfinite,
+        address(control.unscale),
     )

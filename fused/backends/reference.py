@@ -152,6 +152,8 @@ class Batch:
         members = list(optimizer._parameters())
         self.all = [param for _, _, param in members]
         self.members = [(index, *members[index]) for index in indices]
+        self.wide = torch.float32 if device.type == "mps" else torch.float64
+        self.row_values = torch.zeros((len(members), 2), dtype=self.wide, device=device)
 
     def refresh(self) -> bool:
         """Checks that the batch still holds; see :class:`fused.plan.Batch`."""
@@ -178,22 +180,27 @@ class Batch:
 
     def reduce(self, norm_type: float) -> Tensor:
         """One pass over the gradients; see :class:`fused.plan.Batch`."""
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        value = torch.zeros((), dtype=wide, device=self.device)
-        nonfinite = torch.zeros((), dtype=wide, device=self.device)
-        for _, _, _, param in self.members:
+        self.row_values = torch.zeros((len(self.all), 2), dtype=self.wide, device=self.device)
+        for index, _, _, param in self.members:
             if param.grad is None or param.grad.numel() == 0:
                 continue
-            grad = local(param.grad.detach())
-            grad = torch.view_as_real(grad) if grad.is_complex() else grad
-            nonfinite += (~grad.isfinite()).any()
-            magnitude = grad.to(wide).abs()
-            value = torch.maximum(value, magnitude.amax()) if norm_type == float("inf") else value + magnitude.square().sum()
-        return torch.stack((value, nonfinite))
+            grad = _real(local(param.grad.detach()))
+            magnitude = grad.to(self.wide).abs()
+            value = magnitude.amax() if norm_type == float("inf") else magnitude.square().sum()
+            self.row_values[index] = torch.stack((value, (~grad.isfinite()).any().to(self.wide)))
+        values, nonfinite = self.row_values.unbind(1)
+        return torch.stack((values.amax() if norm_type == float("inf") else values.sum(), nonfinite.sum()))
 
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
         factor, skip = decide(control)
+        if skip is not None and _readable(skip):
+            if skip.item():
+                for _, g, _, param in self.members:
+                    if param.grad is not None:
+                        state_storage.initialize(self.optimizer, self.optimizer.param_groups[g], param)
+                return
+            skip = None
         for index, g, _, param in self.members:
             if param.grad is not None:
                 self._update_one(index, self.optimizer.param_groups[g], param, factor, skip, control.seed)
@@ -237,6 +244,8 @@ def decide(control: Control) -> tuple[Number, Tensor | None]:
     factor: Number = control.grad_multiplier
     if control.grad_scale is not None:
         factor = factor / control.grad_scale.double()
+    if control.unscale is not None:
+        control.unscale.fill_(factor)
     skip = None if control.found_inf is None else control.found_inf.reshape(()) != 0
     if control.norm_total is not None:
         raw = control.norm_total[0] if control.norm_type == float("inf") else control.norm_total[0].sqrt()
@@ -246,10 +255,10 @@ def decide(control: Control) -> tuple[Number, Tensor | None]:
         if control.skip_nonfinite:
             nonfinite = control.norm_total[1] != 0
             skip = nonfinite if skip is None else skip | nonfinite
-        if control.max_norm is not None:
+        if control.max_norm is not None and control.max_norm != float("inf"):
             factor = factor * (control.max_norm / (norm + 1e-6)).clamp(max=1.0)
     if control.skipped is not None:
-        control.skipped.copy_(torch.zeros(()) if skip is None else skip)
+        control.skipped.copy_(torch.zeros_like(control.skipped) if skip is None else skip)
     return factor, skip
 
 
@@ -259,9 +268,12 @@ def _next_step(state: dict[str, Any], skip: Tensor | None) -> Number:
         return 2.0  # a rule without a count has history: not the first step
     step: Tensor = state["step"]
     step += 1 if skip is None else (~skip).to(step.dtype)
-    if step.device.type == "cpu" and not torch.compiler.is_compiling():
-        return step.item()
-    return step
+    return step.item() if _readable(step) else step
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading the value costs nothing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class TableBatch:
         self.table.resize(len(self.members), len(optimizer.param_groups))
         self.staged: dict[int, list[Tensor]] = {}
         self.write_back: list[tuple[Tensor, Tensor]] = []
+        self.row_values = torch.zeros((len(self.members), 2), dtype=torch.float64, device=device)
         self.active: list[Tensor] = []
         self.active_generation = -1
         for index, (_, _, param) in enumerate(self.members):
