@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="{info,demo}")
 
     info_parser = commands.add_parser(
-        "info", help="versions, devices, and which backends are available here", description=info.__doc__
+        "info",
+        help="versions, devices, and which backends are available here",
+        description="Says what is installed, what it can use on this machine, and what it cannot and why.",
     )
     info.add_arguments(info_parser)
     info_parser.set_defaults(run=info.run)
@@ -25,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo",
         help="train a small GPT with torch.optim and with fused, side by side",
         description=demo.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)

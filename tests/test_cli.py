@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,6 +121,16 @@ def test_demo(tmp_path: Path, optimizer: str) -> None:
     dark = pixels[..., :3].max(axis=-1) < 0.5
     for left, right in ((0, width // 2), (width // 2, width)):
         assert dark[:, left:right].mean() > 0.005, "a panel is empty"
+
+
+def test_demo_reports_a_run_that_diverges(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    command = run(tmp_path, *TINY, "--optimizer", "sgd", "--against", "default", "--lr", "1e30")
+    assert_succeeded(command)
+    result = json.loads((tmp_path / "results" / "demo.json").read_text())
+    assert math.isnan(result["runs"][-1]["losses"][-1])
+    assert (tmp_path / "results" / "demo.png").stat().st_size > 10_000
 
 
 def test_demo_is_repeatable(tmp_path: Path) -> None:

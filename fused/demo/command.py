@@ -54,23 +54,27 @@ _REPORTED = ("size", "optimizer", "schedule", "seed", "clip", "precision", "mast
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--steps", type=_positive(int), help="training steps (default: 500 tiny, 400 small, 1000 medium)")
-    add("--size", choices=SIZES, default="small", help="of the model; medium is for a GPU")
-    add("--optimizer", choices=RECIPES, default="adamw", help="which one")
+    add("--size", choices=SIZES, default="small", help="of the model (default: small; medium is for a GPU)")
+    add("--optimizer", choices=RECIPES, default="adamw", help="(default: adamw)")
     add("--against", choices=("default", "foreach", "fused", "all"), default="all",
-        help="form of torch's optimizer: what its constructor chooses, foreach=True, fused=True, or 'default' and"
-             " 'fused'")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    add("--out", type=Path, default=Path("fused-demo"), metavar="DIR", help="folder for demo.png and demo.json")
-    add("--seed", type=int, default=0, help="of the weights and the batches")
-    add("--lr", type=_positive(float), help="peak learning rate (default: the optimizer's, see the table's JSON)")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate; cosine has a warm-up")
+        help="torch's form of it: what its constructor chooses, foreach=True or fused=True (default: all, which is"
+             " 'default' and, where torch has it, 'fused')")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto, a GPU if there is one)")
+    add("--out", type=Path, default=Path("fused-demo"), metavar="DIR",
+        help="folder for demo.png and demo.json (default: fused-demo)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
+    add("--lr", type=_positive(float), help="highest learning rate (default: one that suits the optimizer)")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate (default: cosine, with warm-up)")
     add("--clip", type=_positive(float), metavar="NORM", help="clip gradients to this global norm")
-    precise = parser.add_argument_group("precision", "of fused's run; torch's stays float32 to compare with")
+    precise = parser.add_argument_group("precision", "of fused's run; torch's stays float32, to compare with")
     add = precise.add_argument
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the parameters; fp16 trains with loss scaling")
-    add("--master", choices=("none", "fp32", "split", "split8"), default="none", help="master weights")
-    add("--state", choices=STATES, help="storage of the optimizer's state (default: the optimizer's)")
-    add("--inject-overflow", type=_positive(int), metavar="EVERY", help="put an inf in the gradients now and then")
+    add("--precision", choices=PRECISIONS, default="fp32",
+        help="of the parameters (default: fp32; fp16 trains with loss scaling)")  # fmt: skip
+    add("--master", choices=("none", "fp32", "split", "split8"), default="none",
+        help="master weights of bf16 and fp16 parameters (default: none)")  # fmt: skip
+    add("--state", choices=STATES, help="storage of the optimizer's state (default: the optimizer's choice)")
+    add("--inject-overflow", type=_positive(int), metavar="EVERY",
+        help="put an infinity into the gradients every so many steps; those steps must be skipped")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,6 +105,7 @@ def demo(arguments: argparse.Namespace) -> report.Result:
     corpus = text.standard_library()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
+    machine = info.machine()  # now: its load is that of others
     console = _console()
     model = runs[0].model
     parameters = sum(p.numel() for p in model.parameters())
@@ -126,7 +131,7 @@ def demo(arguments: argparse.Namespace) -> report.Result:
             "device": device.type,
         },
         versions=info.versions(),
-        machine=info.machine(),
+        machine=machine,
         corpus={
             "source": corpus.source,
             "files": corpus.files,

@@ -34,7 +34,7 @@ RECIPES = {
     "lion": Recipe("Lion", lr=4e-4, weight_decay=0.5, options={"betas": (0.9, 0.99)}),
     "rmsprop": Recipe("RMSprop", lr=5e-4, weight_decay=0.0, options={"alpha": 0.95}),
     "adagrad": Recipe("Adagrad", lr=3e-3, weight_decay=0.0),
-    "adadelta": Recipe("Adadelta", lr=1.0, weight_decay=0.0),
+    "adadelta": Recipe("Adadelta", lr=0.5, weight_decay=0.0),
     "adafactor": Recipe("Adafactor", lr=1e-2, weight_decay=0.0),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -134,6 +135,8 @@ def verdict(result: Result) -> list[str]:
         lines.append(f"Steps skipped for gradients that were not finite: {len(skipped)}.")
     if len(result.ours.losses) > WARM_UP_STEPS:
         lines.append(f"Times leave out the first {WARM_UP_STEPS} steps.")
+    if busy := _busy(result):
+        lines.append(f"Take the times with care: the machine was already busy with something else ({busy}).")
     return lines
 
 
@@ -181,18 +184,21 @@ def _plot_losses(result: Result, axes: Axes) -> None:
 
 
 def _plot_differences(result: Result, axes: Axes) -> None:
+    worst, equal = 0.0, []
     for run, look in zip(result.others, _looks(result), strict=False):
-        largest = list(accumulate(result.differences(run), max))
-        steps = [step for step, value in zip(_steps(run), largest, strict=True) if value > 0]
+        largest = list(accumulate(filter(math.isfinite, result.differences(run)), max))
+        steps = [step for step, value in enumerate(largest, 1) if value > 0]
         axes.plot(steps, [value for value in largest if value > 0], **{**look, "linewidth": 2})
-    worst = max(max(result.differences(run)) for run in result.others)
+        worst = max([worst, *largest])
+        if not steps:
+            equal.append(run.label)
     axes.set_yscale("log")
     axes.set_ylim(1e-8, max(1e-4, 10 * worst))
+    if equal:
+        axes.text(0.98, 0.08, f"none from {' and '.join(equal)}", ha="right", transform=axes.transAxes)
     axes.set_title("Largest difference from fused's loss so far, not smoothed", loc="left", fontsize=10)
     axes.set_ylabel("nats per byte")
     axes.set_xlabel("step")
-    if worst == 0:
-        axes.text(0.5, 0.5, "none: equal to the last bit", ha="center", transform=axes.transAxes)
 
 
 def _plot_times(result: Result, axes: Axes) -> None:
@@ -246,7 +252,8 @@ def _markers(result: Result) -> list[str]:
 def _caption(result: Result) -> str:
     machine, versions, config = result.machine, result.versions, result.config
     gpu = machine["gpus"][0]["name"] if config["device"] == "cuda" else None
-    where = gpu or f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set'] or 'not compiled'}"
+    cpu = f"{machine['cpu']}, threads: {machine['threads']}, {machine['instruction_set'] or 'kernels not compiled'}"
+    where = ", already busy: ".join(filter(None, [gpu or cpu, _busy(result)]))
     formats = f"{config['precision']} parameters (torch: fp32), " if config["precision"] != "fp32" else ""
     clip = f"clipped at {config['clip']:g}, " if config["clip"] is not None else ""
     return (
@@ -254,6 +261,12 @@ def _caption(result: Result) -> str:
         f"size {config['size']}, {formats}{clip}learning rate {config['lr']:g} ({config['schedule']}), "
         f"batch {config['batch']} x {config['context']} bytes, seed {config['seed']}"
     )
+
+
+def _busy(result: Result) -> str | None:
+    """The load before the demo began, where that left less than half of the machine to it."""
+    load, cores = result.machine["load"], result.machine["cores"]
+    return f"load {load:.1f} on {cores} cores" if load is not None and load > cores / 2 else None
 
 
 def _steps(run: RunResult) -> range:

@@ -37,6 +37,7 @@ class Run:
 
     def train_step(self, batch: Batch) -> float:
         """One step on one batch; returns the loss. Timed: everything between backward and the next forward."""
+        scale = None if self.scaler is None else self.scaler.get_scale()
         started = _now(batch[0].device)
         loss = self.model.loss(*batch)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -58,9 +59,15 @@ class Run:
         self.losses.append(loss.item())
         self.optimizer_seconds.append(finished - backward_done)
         self.step_seconds.append(finished - started)
-        if bool(getattr(self.optimizer, "found_inf", False)):  # one wait for the device, outside the measured time
+        if self._skipped(scale):
             self.skipped_steps.append(len(self.losses))
         return self.losses[-1]
+
+    def _skipped(self, scale_before: float | None) -> bool:
+        """Whether the last step met gradients that were not finite. Waits for the device: not while timing."""
+        if self.scaler is not None and self.scaler.get_scale() < scale_before:
+            return True
+        return bool(getattr(self.optimizer, "found_inf", False))
 
 
 def train_together(
