@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -161,21 +162,21 @@ TABLES: dict[str, Callable[[MachineResults], str]] = {
 }
 
 
-def plots(machines: list[MachineResults], names: Iterable[str], folder: Path) -> str:
-    """The pictures of each machine that exist, as relative links."""
+def plots(machines: list[MachineResults], name: str, folder: Path, base: Path) -> str:
+    """The picture of each machine that has one, as a link relative to `base`."""
     lines = [
-        f"![{name}, {results.title}](benchmarks/results/{results.slug}/{name}.png)"
+        f"![{name}, {results.title}]({Path(os.path.relpath(path, base)).as_posix()})"
         for results in machines
-        for name in names
-        if (folder / results.slug / f"{name}.png").exists()
+        if (path := folder / results.slug / f"{name}.png").exists()
     ]
     return "\n\n".join(lines) + "\n" if lines else ""
 
 
-def fill(text: str, machines: list[MachineResults], folder: Path) -> str:
-    """The text with everything between benchmark markers generated anew.
+def fill(text: str, machines: list[MachineResults], folder: Path, base: Path) -> str:
+    """The text, for a file in `base`, with everything between benchmark markers generated anew.
 
-    Names: a table (speed, ...), for every machine; cpu-speed or gpu-speed for one kind of machine; plot-NAME a picture.
+    Names: a table (speed, ...), for every machine; cpu-speed or gpu-speed for one kind of machine; plot-NAME a picture
+    from `folder`.
     """
 
     def body(name: str) -> str:
@@ -185,7 +186,7 @@ def fill(text: str, machines: list[MachineResults], folder: Path) -> str:
             chosen = [m for m in machines if (m.machine["device"] != "cpu") == (kind == "gpu")]
             name = rest
         if name.startswith("plot-"):
-            return plots(chosen, [name.removeprefix("plot-")], folder)
+            return plots(chosen, name.removeprefix("plot-"), folder, base)
         if name not in TABLES:
             raise ValueError(f"no benchmark table {name!r}: one of {', '.join(TABLES)}, plot-...")
         return "\n".join(filter(None, (TABLES[name](m) for m in chosen)))

@@ -29,7 +29,7 @@ def plan(quick: bool, gpu: bool) -> list[str]:
             "pipeline",
             "host",
             f"kernel --opt adamw,lion,sgd --n {'16M' if gpu else '1M'}",
-            "memory --opt adamw,lion,sgd --profile 2x1024x1024",
+            "memory --opt adamw,lion --profile 1x1024x1024",
             "compare --opt adamw,lion,adafactor --profile gpt2/32",
             "converge",
         ]

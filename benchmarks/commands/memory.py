@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import gc
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
             rows = []
             for precision in PRECISIONS:
                 progress(f"{case} {precision.name}")
+                if time.perf_counter() > run_.session.deadline:
+                    run_.session.left_out += 1
+                    continue
                 rows += [measure_memory(case, precision, system, profile, run_.device) for system in systems]
             run_.rows += rows
             cells = [

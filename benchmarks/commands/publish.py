@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> int:
     say(f"wrote {results.save(args.results)}")
     for path in draw(results, args.results / results.slug):
         say(f"wrote {path}")
-    return readme.run(argparse.Namespace(check=False, file=readme.README))
+    return readme.run(argparse.Namespace(check=False, files=[]))

@@ -1,6 +1,7 @@
-"""`readme`: generate the README's benchmark tables from benchmarks/results; --check: exit code 1 if they disagree.
+"""`readme`: generate the benchmark tables in README.md and benchmarks/README.md from benchmarks/results; --check: exit
+code 1 if they disagree.
 
-In the README: `<!-- benchmarks: cpu-speed -->` ... `<!-- /benchmarks -->`. Names: speed, pipeline, compare, memory,
+In a file: `<!-- benchmarks: cpu-speed -->` ... `<!-- /benchmarks -->`. Names: speed, pipeline, compare, memory,
 host, goals, quality, each for all machines or with cpu- or gpu- before it; plot-speedup-fp32 and so on for a picture.
 """
 
@@ -14,31 +15,32 @@ from ..report import say, warn
 from ..store import RESULTS, published
 from ..tables import MARKERS, fill
 
-HELP = "generate the README's benchmark tables from benchmarks/results"
-README = ROOT / "README.md"
+HELP = "generate the tables in README.md and benchmarks/README.md from benchmarks/results"
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where they disagree")
-    parser.add_argument("--file", type=Path, default=README, help="another file with markers")
+    parser.add_argument("files", type=Path, nargs="*", help="other files with markers")
+
+
+def update(path: Path, check: bool) -> bool:
+    """Whether the file agreed, or agrees now."""
+    text = path.read_text(encoding="utf-8")
+    filled = fill(text, published(), RESULTS, path.resolve().parent)
+    if not MARKERS.search(text):
+        say(f"{path.name}: no benchmark markers")
+    elif filled == text:
+        say(f"{path.name}: agrees with the results")
+    elif check:
+        warn(f"{path} disagrees with benchmarks/results: python -m benchmarks readme")
+        return False
+    else:
+        path.write_text(filled, encoding="utf-8")
+        say(f"wrote {path}")
+    return True
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.file.exists():
-        warn(f"{args.file} does not exist")
-        return 1
-    text = args.file.read_text(encoding="utf-8")
-    if not MARKERS.search(text):
-        warn(f"{args.file.name} has no benchmark markers (see `python -m benchmarks readme --help`)")
-        return 0
-    machines = published()
-    filled = fill(text, machines, RESULTS)
-    if filled == text:
-        say(f"{args.file.name} agrees with the results of {len(machines)} machine(s)")
-        return 0
-    if args.check:
-        warn(f"{args.file.name} disagrees with benchmarks/results: python -m benchmarks readme")
-        return 1
-    args.file.write_text(filled, encoding="utf-8")
-    say(f"wrote {args.file}")
-    return 0
+    agreed = [update(path, args.check) for path in args.files or FILES if path.exists()]
+    return 0 if all(agreed) else 1
