@@ -65,7 +65,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::list>(), py::arg("hyper_names_by_rule"))
       .def("resize", &HostTable::resize, py::arg("rows"), py::arg("groups"))
       .def("bind", &HostTable::bind, py::arg("index"), py::arg("param"), py::arg("watched"), py::arg("state"), py::arg("fields"))
-      .def("refresh", &HostTable::refresh, py::arg("param_groups"))
+      .def("refresh", &HostTable::refresh, py::arg("param_groups"), py::arg("state"))
       .def("read_hypers", &HostTable::read_hypers, py::arg("param_groups"), py::arg("rule_of_group"))
       .def("active_params", &HostTable::active_params)
       .def_readonly("active_generation", &HostTable::active_generation)

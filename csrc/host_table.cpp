@@ -193,7 +193,6 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
 // state by assigning to `.data` moves all of it, so a look at some rows in each step finds it; a look at every address
 // would double the cost of a step's bookkeeping.
 bool HostTable::state_in_place(const Entry& entry, bool look) {
-  if (Py_REFCNT(entry.state.ptr()) == 1) return false;  // the optimizer let go of this dictionary
   for (const Watched& watched : entry.tensors)
     if (PyDict_GetItemWithError(entry.state.ptr(), watched.key.ptr()) != watched.tensor) return false;
   return !look || entry.tensors.empty() || data_of(entry.tensors.back().tensor) == entry.tensors.back().data;
@@ -237,12 +236,31 @@ py::list HostTable::active_params() const {
   return params;
 }
 
-py::object HostTable::refresh(const py::list& param_groups) {
+// Whether the optimizer's state still holds the dictionaries of the last look, in their order. Walking a dictionary costs
+// no hashing, which for a tensor is a call into Python.
+bool HostTable::same_dictionaries(const py::dict& state) const {
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  size_t i = 0;
+  for (; PyDict_Next(state.ptr(), &position, &key, &value); ++i)
+    if (i >= dictionaries_.size() || dictionaries_[i].first != key || dictionaries_[i].second != value) return false;
+  return i == dictionaries_.size();
+}
+
+py::object HostTable::refresh(const py::list& param_groups, const py::dict& state) {
   static PyObject* const params_name = PyUnicode_InternFromString("params");
   py::list attention;
   size_t index = 0;
   state_moved_ = false;
   ++turn_;
+  if (!same_dictionaries(state)) {
+    dictionaries_.clear();
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) dictionaries_.emplace_back(key, value);
+    for (const Entry& entry : entries_)
+      state_moved_ |= entry.state && PyDict_GetItemWithError(state.ptr(), entry.param.ptr()) != entry.state.ptr();
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
   for (const py::handle group : param_groups) {
     PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
     if (params == nullptr || !PyList_Check(params)) return py::none();

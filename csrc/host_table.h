@@ -44,7 +44,7 @@ class HostTable {
   void bind(size_t index, pybind11::object param, bool watched, pybind11::object state, pybind11::dict fields);
   // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
   // groups hold other parameters than the table.
-  pybind11::object refresh(const pybind11::list& param_groups);
+  pybind11::object refresh(const pybind11::list& param_groups, const pybind11::dict& state);
   // Copies the hyperparameters of every group out of its dictionary; a tensor is read at its address.
   void read_hypers(const pybind11::list& param_groups, const std::vector<int>& rule_of_group);
 
@@ -74,9 +74,11 @@ class HostTable {
 
   bool unchanged(Entry& entry, TensorRow& row, bool look);
   static bool state_in_place(const Entry& entry, bool look);
+  bool same_dictionaries(const pybind11::dict& state) const;
 
   bool state_moved_ = false;
   size_t turn_ = 0;
+  std::vector<std::pair<PyObject*, PyObject*>> dictionaries_;  // the optimizer's state as of the last look, borrowed
   std::vector<Entry> entries_;
   struct HyperName {
     pybind11::str key;

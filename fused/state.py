@@ -50,8 +50,31 @@ def initialize(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) 
         if state.get(name) is None:
             value = optimizer._init_state(group, name, param.detach())
             _put(state, rule, name, value, storage.dtype_of_state(param))
+        else:
+            _follow_double(state, name, param)
     optimizer._complete_state(group, param.detach(), state)
     return state
+
+
+_DOUBLE = (torch.float64, torch.complex128)
+
+
+def _follow_double(state: dict[str, Any], name: str, param: Tensor) -> None:
+    """Takes a state to float64, or back, where its parameter was: float64 arithmetic keeps nothing narrower."""
+    value = state[name]
+    if (value.dtype in _DOUBLE) != (param.dtype in _DOUBLE):
+        narrow = torch.complex64 if value.is_complex() else torch.float32
+        state[name] = value.to(param.dtype if param.dtype in _DOUBLE else narrow)
+
+
+def check_shapes(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> None:
+    """Raises where a state does not have the shape of its parameter, as where ``p.data`` was replaced by another."""
+    for name in rule.states:
+        value = state.get(name)
+        if value is not None and value.shape != param.shape:
+            raise RuntimeError(
+                f"state '{name}' of {called} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+            )
 
 
 def _initialize_master(state: dict[str, Any], storage: Storage, param: Tensor) -> None:

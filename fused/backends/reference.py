@@ -176,7 +176,10 @@ class Batch:
         for kind, tensor in (("parameter", param), ("gradient", grad)):
             if tensor.dtype not in FORMAT_OF_DTYPE:
                 raise RuntimeError(f"the {kind} of {name} has dtype {tensor.dtype}, which has no optimizer step")
+        if param.is_conj():
+            raise RuntimeError(f"{name} is a conjugated view; make it with resolve_conj()")
         Storage.of(group).check(param, name)
+        state_storage.check_shapes(self.optimizer.state.get(param, {}), self.optimizer._rule(group), param, name)
 
     def reduce(self, norm_type: float) -> Tensor:
         """One pass over the gradients; see :class:`fused.plan.Batch`."""
@@ -214,12 +217,10 @@ class Batch:
         operands = _Operands(local(param), state, rule, storage, index, seed)
         p, grad = operands.load_param(), param.grad
         assert grad is not None
-        g = _real(local(grad)).to(p.dtype)
+        g = _real(local(grad).resolve_conj()).to(p.dtype)
         if group.get("maximize"):
             factor = -factor
-        if isinstance(factor, Tensor):
-            g = g * factor.to(g.dtype)  # a tensor without dimensions would be promoted to float64
-        elif factor != 1:
+        if isinstance(factor, Tensor) or factor != 1:
             g = g * factor
         hypers = {name: _on(value, p) for name, value in group.items() if name != "params"}
         new_p, new_states = FUNCTIONS[rule.name](p, g, operands.load_states(), hypers, step)
@@ -349,7 +350,9 @@ class _Operands:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    # Under autograd the graph keeps what it was computed from, which the step is about to overwrite.
+    return wide.clone() if wide is tensor and torch.is_grad_enabled() else wide
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:

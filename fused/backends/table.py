@@ -51,7 +51,7 @@ class TableBatch:
 
     def refresh(self) -> bool:
         """Brings the table up to date; see :class:`fused.plan.Batch`."""
-        attention = self.table.refresh(self.optimizer.param_groups)
+        attention = self.table.refresh(self.optimizer.param_groups, self.optimizer.state)
         if attention is None:
             return False
         if attention:
@@ -97,20 +97,28 @@ class TableBatch:
         for kind, tensor in (("parameter", param), ("gradient", grad)):
             if tensor.dtype not in FORMAT_OF_DTYPE:
                 raise RuntimeError(f"the {kind} of {self._name(index)} has dtype {tensor.dtype}, which has no optimizer step")
+        if param.is_conj():
+            raise RuntimeError(f"{self._name(index)} is a conjugated view; make it with resolve_conj()")
         Storage.of(self.optimizer.param_groups[g]).check(param, self._name(index))
+        state_storage.check_shapes(self.optimizer.state.get(param, {}), self.rules[g], param, self._name(index))
 
     def _bind(self, index: int) -> None:
         """Describes one row to the table, initializing state where there is none."""
         g, _, param = self.members[index]
         group, rule = self.optimizer.param_groups[g], self.rules[g]
         self.staged.pop(index, None)
-        plain = not is_traceable_wrapper_subclass(param)
+        # Whether a complex gradient is conjugated, as autograd leaves it, does not show in its address and strides.
+        plain = not (is_traceable_wrapper_subclass(param) or param.is_complex())
         if param.grad is None:
             self.table.bind(index, param, plain, None, {})
             return
         state = state_storage.initialize(self.optimizer, group, param)
         storage = Storage.of(group)
-        value, grad = _real(local(param.detach())), _real(local(param.grad.detach()))
+        value, grad = _real(local(param.detach())), local(param.grad.detach())
+        if grad.is_conj():
+            grad = grad.resolve_conj()
+            self.staged.setdefault(index, []).append(grad)
+        grad = _real(grad)
         dense = self._dense(index, value)
         direct = plain and dense is value
         if dense is not value:
@@ -174,7 +182,7 @@ class TableBatch:
 
 def _real(tensor: Tensor) -> Tensor:
     """Complex tensors as pairs of reals."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:

@@ -234,40 +234,30 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(console: Console, runs: list[Run], steps: int) -> Iterator[Callable[[int], None]]:
-    """A live bar above the latest losses and step times; ten lines where the output is not a terminal."""
-    from rich.console import Group
-    from rich.live import Live
+    """A live bar with the latest losses and step times; ten lines where the output is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
+
+    def state() -> str:
+        return "   ".join(
+            f"{run.label} [b]{run.losses[-1]:.3f}[/b] {1e3 * run.optimizer_seconds[-1]:.1f} ms" for run in runs
+        )
 
     if not console.is_terminal:
 
         def print_sometimes(step: int) -> None:
             if step == steps or step % math.ceil(steps / 10) == 0:
-                latest = (f"{run.label} {run.losses[-1]:.3f} {1e3 * run.optimizer_seconds[-1]:.1f} ms" for run in runs)
-                console.print(f"step {step}/{steps}   {'   '.join(latest)}", highlight=False)
+                console.print(f"step {step}/{steps}   {state()}", highlight=False)
 
         yield print_sometimes
         return
 
-    bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(30), TimeRemainingColumn())
-    task = bar.add_task("", total=steps)
-
-    def view() -> Group:
-        latest = Table.grid(padding=(0, 3, 0, 0))
-        for run in runs:
-            loss, time = run.losses[-1:], run.optimizer_seconds[-1:]
-            latest.add_row(
-                run.label, *(f"loss {value:.3f}" for value in loss), *(f"{1e3 * value:.2f} ms" for value in time)
-            )
-        return Group(bar, latest)
-
+    columns = (MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(compact=True), TextColumn("{task.description}"))
     # No refresh thread: it would run in the middle of what is being timed.
-    with Live(view(), console=console, auto_refresh=False) as live:
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=steps)
 
         def advance(step: int) -> None:
-            bar.update(task, completed=step)
-            live.update(view(), refresh=True)
+            progress.update(task, completed=step, description=state(), refresh=True)
 
         yield advance
 
