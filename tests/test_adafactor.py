@@ -1,4 +1,4 @@
-"""Adafactor against the paper in float64, torch.optim's, Hugging Face's rule, and itself in other layouts and formats."""
+"""Adafactor against the paper in float64, torch.optim, Hugging Face's rule, and itself in other layouts and formats."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_state_of_another_factoring_is_refused() -> None:
 
 
 def test_eps_follows_each_parameter() -> None:
-    """torch.optim keeps the epsilon of the first parameter's dtype: 65536 times too large for a float32 one after it."""
+    """torch.optim keeps the epsilon of the first parameter's dtype: 65536 times too large for float32 ones after it."""
     start, g = torch.randn(16, 16), torch.randn(16, 16) * 1e-4
     alone = start.clone().requires_grad_()
     low, beside = torch.randn(16, 16).bfloat16().requires_grad_(), start.clone().requires_grad_()
