@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ from fused.__main__ import main
 Command = subprocess.CompletedProcess[str]
 
 
-def run(folder: Path, *arguments: str, **environment: str) -> Command:
+def fused_cli(folder: Path, *arguments: str, **environment: str) -> Command:
     return subprocess.run(
         [sys.executable, "-m", "fused", *arguments],
         cwd=folder,
@@ -39,13 +41,13 @@ def assert_succeeded(command: Command) -> None:
 
 
 def test_no_command_prints_help(tmp_path: Path) -> None:
-    command = run(tmp_path)
+    command = fused_cli(tmp_path)
     assert_succeeded(command)
     assert "info" in command.stdout and "demo" in command.stdout
 
 
 def test_version(tmp_path: Path) -> None:
-    command = run(tmp_path, "--version")
+    command = fused_cli(tmp_path, "--version")
     assert_succeeded(command)
     assert command.stdout.startswith("fused-optim ")
 
@@ -56,7 +58,7 @@ def test_unknown_command() -> None:
 
 
 def test_info_as_text(tmp_path: Path) -> None:
-    command = run(tmp_path, "info")
+    command = fused_cli(tmp_path, "info")
     assert_succeeded(command)
     for heading in ("Versions", "Build", "Machine", "Backends"):
         assert f"{heading}\n" in command.stdout
@@ -67,7 +69,7 @@ def test_info_as_text(tmp_path: Path) -> None:
 def test_info_as_json(tmp_path: Path) -> None:
     import torch
 
-    command = run(tmp_path, "info", "--json")
+    command = fused_cli(tmp_path, "info", "--json")
     assert_succeeded(command)
     facts = json.loads(command.stdout)
     assert facts["versions"]["torch"] == torch.__version__
@@ -81,7 +83,7 @@ def test_info_as_json(tmp_path: Path) -> None:
 
 
 def test_info_needs_no_rich(tmp_path: Path) -> None:
-    command = run(tmp_path, "info", **hide(tmp_path, "rich"))
+    command = fused_cli(tmp_path, "info", **hide(tmp_path, "rich"))
     assert_succeeded(command)
     assert "Backends" in command.stdout
 
@@ -95,7 +97,7 @@ TINY = ("demo", "--size", "tiny", "--steps", "5", "--device", "cpu", "--out", "r
 def test_demo(tmp_path: Path, optimizer: str) -> None:
     image = pytest.importorskip("matplotlib.image")
     pytest.importorskip("rich")
-    command = run(tmp_path, *TINY, "--optimizer", optimizer)
+    command = fused_cli(tmp_path, *TINY, "--optimizer", optimizer)
     assert_succeeded(command)
     assert "step 5/5" in command.stdout
 
@@ -126,11 +128,29 @@ def test_demo(tmp_path: Path, optimizer: str) -> None:
 def test_demo_reports_a_run_that_diverges(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    command = run(tmp_path, *TINY, "--optimizer", "sgd", "--against", "default", "--lr", "1e30")
+    command = fused_cli(tmp_path, *TINY, "--optimizer", "sgd", "--against", "default", "--lr", "1e30")
     assert_succeeded(command)
     result = json.loads((tmp_path / "results" / "demo.json").read_text())
     assert math.isnan(result["runs"][-1]["losses"][-1])
     assert (tmp_path / "results" / "demo.png").stat().st_size > 10_000
+
+
+def test_progress_in_a_terminal() -> None:
+    rich_console = pytest.importorskip("rich.console")
+    from fused.demo import command
+
+    written = io.StringIO()
+    console = rich_console.Console(file=written, force_terminal=True, width=80)
+    runs = [SimpleNamespace(label=label, losses=[], optimizer_seconds=[]) for label in ("torch.optim.SGD", "fused.SGD")]
+    with command._progress(console, runs, steps=2) as on_step:
+        for step in (1, 2):
+            for run in runs:
+                run.losses.append(3.25 - step)
+                run.optimizer_seconds.append(0.0125)
+            on_step(step)
+    assert "2/2" in written.getvalue()
+    assert "loss 1.250" in written.getvalue()
+    assert "12.50 ms" in written.getvalue()
 
 
 def test_demo_is_repeatable(tmp_path: Path) -> None:
@@ -138,7 +158,7 @@ def test_demo_is_repeatable(tmp_path: Path) -> None:
     pytest.importorskip("rich")
     losses = []
     for out in ("first", "second"):
-        command = run(tmp_path, *TINY, "--steps", "3", "--against", "default", "--seed", "3", "--out", out)
+        command = fused_cli(tmp_path, *TINY, "--steps", "3", "--against", "default", "--seed", "3", "--out", out)
         assert_succeeded(command)
         result = json.loads((tmp_path / out / "demo.json").read_text())
         losses.append([item["losses"] for item in result["runs"]])
@@ -147,7 +167,7 @@ def test_demo_is_repeatable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["rich", "matplotlib"])
 def test_demo_without_its_extra(tmp_path: Path, module: str) -> None:
-    command = run(tmp_path, *TINY, **hide(tmp_path, module))
+    command = fused_cli(tmp_path, *TINY, **hide(tmp_path, module))
     assert command.returncode == 2
     assert module in command.stderr
     assert "pip install 'fused-optim[demo]'" in command.stderr

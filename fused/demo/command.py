@@ -234,30 +234,40 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(console: Console, runs: list[Run], steps: int) -> Iterator[Callable[[int], None]]:
-    """A live bar with the latest losses and step times; ten lines where the output is not a terminal."""
+    """A live bar above the latest losses and step times; ten lines where the output is not a terminal."""
+    from rich.console import Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    def state() -> str:
-        return "   ".join(
-            f"{run.label} [b]{run.losses[-1]:.3f}[/b] {1e3 * run.optimizer_seconds[-1]:.1f} ms" for run in runs
-        )
+    from rich.table import Table
 
     if not console.is_terminal:
 
         def print_sometimes(step: int) -> None:
             if step == steps or step % math.ceil(steps / 10) == 0:
-                console.print(f"step {step}/{steps}   {state()}", highlight=False)
+                latest = (f"{run.label} {run.losses[-1]:.3f} {1e3 * run.optimizer_seconds[-1]:.1f} ms" for run in runs)
+                console.print(f"step {step}/{steps}   {'   '.join(latest)}", highlight=False)
 
         yield print_sometimes
         return
 
-    columns = (MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(compact=True), TextColumn("{task.description}"))
+    bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(30), TimeRemainingColumn())
+    task = bar.add_task("", total=steps)
+
+    def view() -> Group:
+        latest = Table.grid(padding=(0, 3, 0, 0))
+        for run in runs:
+            loss, time = run.losses[-1:], run.optimizer_seconds[-1:]
+            latest.add_row(
+                run.label, *(f"loss {value:.3f}" for value in loss), *(f"{1e3 * value:.2f} ms" for value in time)
+            )
+        return Group(bar, latest)
+
     # No refresh thread: it would run in the middle of what is being timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=steps)
+    with Live(view(), console=console, auto_refresh=False) as live:
 
         def advance(step: int) -> None:
-            progress.update(task, completed=step, description=state(), refresh=True)
+            bar.update(task, completed=step)
+            live.update(view(), refresh=True)
 
         yield advance
 

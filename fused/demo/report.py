@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -101,29 +102,31 @@ def write_json(result: Result, path: Path) -> None:
 
 
 def table(result: Result) -> Table:
+    """A column per optimizer: narrow enough for 80 characters."""
     from rich import box
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("optimizer")
-    for title in ("train\nloss", "validation\nloss", "step\nmedian", "steps\ntotal", "share of\ntraining"):
-        grid.add_column(title, justify="right", no_wrap=True)
-    for title in ("time vs\nfused", "max loss\ndifference", "bytes per\nparameter"):
-        grid.add_column(title, justify="right", no_wrap=True)
+    grid.add_column()
     for run in result.runs:
         ours = run is result.ours
-        grid.add_row(
-            run.label,
-            f"{run.train_loss:.4f}",
-            f"{run.validation_loss:.4f}",
-            f"{run.median_ms:.2f} ms",
-            f"{run.total_seconds:.2f} s",
-            f"{run.share:.1%}",
-            f"{result.speedup(run):.2f}x",
-            "" if ours else f"{max(result.differences(run)):.1e}",
-            f"{run.bytes_per_parameter:.2f}",
-            style="bold" if ours else None,
-        )
+        grid.add_column(run.label.replace("(", "\n("), justify="right", style="bold" if ours else None)
+
+    def row(title: str, text: Callable[[RunResult], str], *, end_section: bool = False) -> None:
+        grid.add_row(title, *(text(run) for run in result.runs), end_section=end_section)
+
+    row("train loss", lambda run: f"{run.train_loss:.4f}")
+    row("validation loss", lambda run: f"{run.validation_loss:.4f}")
+    row(
+        "largest loss difference",
+        lambda run: "" if run is result.ours else f"{max(result.differences(run)):.1e}",
+        end_section=True,
+    )
+    row("optimizer step, median", lambda run: f"{run.median_ms:.2f} ms")
+    row("all optimizer steps", lambda run: f"{run.total_seconds:.2f} s")
+    row("share of training", lambda run: f"{run.share:.1%}")
+    row("time compared with fused", lambda run: f"{result.speedup(run):.2f}x", end_section=True)
+    row("bytes per parameter", lambda run: f"{run.bytes_per_parameter:.2f}")
     return grid
 
 
