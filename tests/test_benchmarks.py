@@ -26,6 +26,7 @@ from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.cases import CASES, MAIN, Case, Precision, get_cases, held_bytes, step_bytes  # noqa: E402
 from benchmarks.gate import STEPS, Verdict, check  # noqa: E402
 from benchmarks.goals import cpu_goals, gpu_goals  # noqa: E402
+from benchmarks.measure import Session  # noqa: E402
 from benchmarks.problem import NotAvailable, Problem, Side, storage_bytes, total_norm  # noqa: E402
 from benchmarks.report import Result, Row, number, plain_table  # noqa: E402
 from benchmarks.shapes import PROFILES, get_profile, parse_count, shrink  # noqa: E402
@@ -191,6 +192,32 @@ def test_gate_names_the_side_that_raises_and_restores_spoilt_gradients() -> None
     assert isinstance(verdicts["bad"], RuntimeError)
     assert isinstance(verdicts["spoiler"], Verdict) and not verdicts["spoiler"].gradients_kept
     assert isinstance(verdicts["good"], Verdict) and verdicts["good"].ok, verdicts["good"]
+
+
+@pytest.mark.parametrize("key", ["adamw", "sgd", "lion"])
+def test_gate_passes_the_pipelines_and_notices_a_missing_clip(key: str) -> None:
+    from benchmarks.commands.pipeline import CLIP, PIPELINE, SCALE
+
+    case = CASES[key]
+    problem = Problem(TINY, Precision())
+    problem.set_factor(SCALE)
+    forms = [f"torch.{f}" for f in case.torch_forms] + ["fused"]
+    sides = [PIPELINE[form](case, problem, Options()) for form in forms]
+    verdicts = check(case, problem, sides, clip=CLIP, scale=SCALE)
+    assert all(isinstance(v, Verdict) and v.ok for v in verdicts.values()), verdicts
+    problem.set_factor(SCALE)
+    wrong = check(case, problem, [PIPELINE["fused"](case, problem, Options())], clip=30 * CLIP, scale=SCALE)["fused"]
+    assert isinstance(wrong, Verdict) and (not wrong.ok or key == "lion")  # Lion hardly sees the gradient's size
+
+
+def test_gradient_kernels_are_checked() -> None:
+    from benchmarks.commands.kernel import gradient_cell
+
+    session = Session(torch.device("cpu"), timing.Budget(0.01, 3, 5, 1), Bandwidth(10.0, 10.0, None, 1))
+    for name in ("total norm", "clip_grad_norm_"):
+        rows = gradient_cell(SimpleNamespace(device=session.device, session=session), name, TINY, Precision())
+        assert [r.status for r in rows] == ["ok", "ok"] and not session.wrong
+        assert all(r.error is not None and r.error < 1e-5 for r in rows)
 
 
 @pytest.fixture

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
+import statistics
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +20,7 @@ from ..measure import measure_cell
 from ..problem import Problem, Side
 from ..report import Progress, Row, number, show_table, times
 from ..shapes import get_profile
-from ..systems import System, get_systems
+from ..systems import SYSTEMS, System, get_systems
 from .common import Run, add_case_arguments, add_common, precision_of
 
 HELP = "time the host side of a step against the number of tensors"
@@ -45,6 +49,40 @@ def _swap_gradients(side: Side) -> Callable[[], None]:
     return swap
 
 
+def kernel_seconds(step: Callable[[], object], rounds: int = 30) -> float | None:
+    """Median time inside the compiled CPU kernels during one step of this package; None without them."""
+    try:
+        extension: Any = importlib.import_module("fused._C")
+    except ImportError:
+        return None
+    spent = 0.0
+
+    def timed(kernel: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            nonlocal spent
+            start = time.perf_counter()
+            try:
+                return kernel(*args)
+            finally:
+                spent += time.perf_counter() - start
+
+        return call
+
+    originals = {name: getattr(extension, name) for name in dir(extension) if name.endswith("_cpu")}
+    samples = []
+    try:
+        for name, kernel in originals.items():
+            setattr(extension, name, timed(kernel))
+        for _ in range(rounds):
+            spent = 0.0
+            step()
+            samples.append(spent)
+    finally:
+        for name, kernel in originals.items():
+            setattr(extension, name, kernel)
+    return statistics.median(samples)
+
+
 def measure_host(
     run: Run, case_key: str, count: int, systems: list[System], fresh: bool, args: argparse.Namespace
 ) -> list[Row]:
@@ -57,7 +95,14 @@ def measure_host(
             side.prepare = _swap_gradients(side)
         return side
 
-    return measure_cell(run.session, case, problem, systems, "host fresh" if fresh else "host", build)
+    rows = measure_cell(run.session, case, problem, systems, "host fresh" if fresh else "host", build)
+    if run.device.type == "cpu":
+        for row in rows:
+            row.device_ms = None  # a clock outside cannot tell it from the host's
+        if rows and rows[0].ok:
+            seconds = kernel_seconds(SYSTEMS["fused"].make(case, problem, run.session.options).step)
+            rows[0].device_ms = None if seconds is None else 1e3 * seconds
+    return rows
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,11 +125,21 @@ def run(args: argparse.Namespace) -> int:
                     r.label,
                     number(1e3 * r.host_ms) if r.host_ms else "-",
                     number(1e3 * r.host_ms / r.tensors) if r.host_ms else "-",
+                    number(1e3 * r.device_ms) if r.device_ms else "-",
                     "" if r.system == "fused" else times(r.ratio),
                     r.status,
                 ]
                 for r in rows
             ]
-            columns = ["tensors", "gradients", "system", "us per step", "us per tensor", "ours is", "status"]
+            columns = [
+                "tensors",
+                "gradients",
+                "system",
+                "us per step",
+                "us per tensor",
+                "in kernels",
+                "ours is",
+                "status",
+            ]
             show_table(f"Host time of {case.cls}, tensors of one element, {run_.device.type}", columns, cells)
     return run_.exit_code
