@@ -101,7 +101,7 @@ def test_elements_between_those_of_a_view_are_left_alone(backend: Backend) -> No
 
 
 def test_neighbours_in_one_buffer_are_left_alone(backend: Backend) -> None:
-    """Slices of one flat buffer, as DDP's and FSDP's, of sizes around a vector: 4-byte aligned, nothing between them."""
+    """Slices of one flat buffer, as DDP's and FSDP's: 4-byte aligned, nothing between them."""
     for case in CASES:
         sizes = [1, 3, 5, 8, 15, 16, 17, 31, 33, 64, 65]
         flat, grads = (torch.randn(sum(sizes) + 2, device=backend.device) for _ in range(2))
@@ -147,7 +147,7 @@ def test_conjugated_complex_gradients(dtype: torch.dtype, backend: Backend) -> N
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_mixed_lists(case: Case, backend: Backend) -> None:
-    """Dtypes and sizes side by side, without a dimension and without elements at the start, in the middle and at the end."""
+    """Dtypes and sizes side by side; no elements at the start, in the middle and at the end; no dimension."""
     shapes = [(0,), (), (3, 0, 2), (7,), (0, 5), (64, 65), (1, 1), (0,)]
     params = [
         p
