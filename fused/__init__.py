@@ -12,6 +12,7 @@ from .groups import param_groups
 from .lion import Lion
 from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
+from .scaler import GradScaler
 from .sgd import SGD
 
 try:
@@ -27,6 +28,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FusedOptimizer",
+    "GradScaler",
     "Lion",
     "RMSprop",
     "clip_grad_norm_",

@@ -63,7 +63,7 @@ def clip_grad_norm_(
     Reference:
         Pascanu et al., "On the difficulty of training recurrent neural networks", arXiv:1211.5063, Algorithm 1.
     """
-    grads = _Gradients(_as_list(parameters), of_params=True)
+    grads = Gradients(_as_list(parameters), of_params=True)
     norm = grads.norm(norm_type, error_if_nonfinite)
     grads.clip(norm, max_norm)
     return grads.returned(norm)
@@ -96,7 +96,7 @@ def get_total_norm(
     Example:
         >>> norm = fused.get_total_norm([p.grad for p in model.parameters()])
     """
-    grads = _Gradients(_as_list(tensors), of_params=False)
+    grads = Gradients(_as_list(tensors), of_params=False)
     return grads.returned(grads.norm(norm_type, error_if_nonfinite))
 
 
@@ -122,7 +122,7 @@ def clip_grads_with_norm_(
         >>> fused.clip_grads_with_norm_(model.parameters(), 1.0, norm)
     """
     whole = getattr(total_norm, "full_tensor", None)
-    _Gradients(_as_list(parameters), of_params=True).clip(total_norm if whole is None else whole(), max_norm)
+    Gradients(_as_list(parameters), of_params=True).clip(total_norm if whole is None else whole(), max_norm)
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     Example:
         >>> fused.clip_grad_value_(model.parameters(), 0.5)
     """
-    _Gradients(_as_list(parameters), of_params=True).clamp(float(clip_value))
+    Gradients(_as_list(parameters), of_params=True).clamp(float(clip_value))
 
 
 def _as_list(tensors: Tensors) -> list[Tensor]:
@@ -158,8 +158,16 @@ def _as_list(tensors: Tensors) -> list[Tensor]:
     return listed
 
 
-class _Gradients:
-    """The gradients of one call: those the CPU kernels take as they lie in memory, and the rest."""
+class Gradients:
+    """The gradients of one call: those the CPU kernels take as they lie in memory, and the rest.
+
+    Args:
+        items: the gradients; with ``of_params`` parameters, of which those without a gradient are passed over.
+        of_params: see ``items``.
+
+    Raises:
+        RuntimeError: a gradient is sparse, or neither floating nor complex.
+    """
 
     def __init__(self, items: list[Tensor], of_params: bool) -> None:
         self.items, self.of_params = items, of_params
@@ -222,7 +230,8 @@ class _Gradients:
         norms = [torch.linalg.vector_norm(_wide(local(grad)), norm_type).to(device) for grad in parts]
         if not norms:
             return torch.zeros((), dtype=torch.float64)
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return total
 
     def returned(self, norm: float | Tensor) -> Tensor:
         """The norm as the functions return it."""
@@ -267,6 +276,19 @@ class _Gradients:
         for (device, dtype), tensors in _by_place(self.rest).items():
             there = factor.to(device, torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
             torch._foreach_mul_(tensors, there)
+
+    def unscale(self, factor: Tensor) -> dict[torch.device, Tensor]:
+        """Multiplies all of them by ``factor`` (float32); per device, 1 where an element was not finite, else 0."""
+        found: dict[torch.device, Tensor] = {}
+        if self.taken:
+            found[torch.device("cpu")] = torch.tensor(float(self.scale_taken(factor.item())))
+        for groups, tensors in self._divided():
+            for (device, _), alike in _by_place(tensors).items():
+                flag = torch.zeros((), device=device)
+                torch._amp_foreach_non_finite_check_and_unscale_([_real(x) for x in alike], flag, factor.to(device))
+                sharding.all_reduce(flag, groups, maximum=True)
+                found[device] = torch.maximum(found[device], flag) if device in found else flag
+        return found
 
     def clamp(self, limit: float) -> None:
         for grad in [*self.taken, *self.rest]:

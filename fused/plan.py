@@ -95,6 +95,7 @@ class Plan:
         """One step over all parameters, with every gradient multiplied by ``grad_multiplier``."""
         self._refresh()
         if not self.batches:
+            self.optimizer._grad_norm = self.optimizer._skipped = self.optimizer._unscale = None
             return
         control = self._control(grad_multiplier)
         for batch in self.batches:

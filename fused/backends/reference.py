@@ -220,7 +220,9 @@ class Batch:
         g = _real(local(grad).resolve_conj()).to(p.dtype)
         if group.get("maximize"):
             factor = -factor
-        if isinstance(factor, Tensor) or factor != 1:
+        if isinstance(factor, Tensor):
+            g = g * factor.to(g.dtype)  # a tensor without dimensions would be promoted to float64
+        elif factor != 1:
             g = g * factor
         hypers = {name: _on(value, p) for name, value in group.items() if name != "params"}
         new_p, new_states = FUNCTIONS[rule.name](p, g, operands.load_states(), hypers, step)
