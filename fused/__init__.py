@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .accumulate import GradientAccumulator
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -29,6 +30,7 @@ __all__ = [
     "AdamW",
     "FusedOptimizer",
     "GradScaler",
+    "GradientAccumulator",
     "Lion",
     "RMSprop",
     "clip_grad_norm_",

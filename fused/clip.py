@@ -266,6 +266,13 @@ class Gradients:
             wide = wide.to(_wide_dtype(wide.device))
             self.scale_rest((max_norm / (wide + 1e-6)).clamp(max=1.0))
 
+    def scale(self, factor: float) -> None:
+        """Multiplies all of them by a number."""
+        if self.taken:
+            self.scale_taken(factor)
+        for tensors in _by_place(self.rest).values():
+            torch._foreach_mul_(tensors, factor)
+
     def scale_taken(self, factor: float) -> bool:
         """Multiplies what the kernels take; whether an element was not finite."""
         nonfinite: bool = extension.scale_cpu(self.rows, factor)
