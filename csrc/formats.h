@@ -35,6 +35,10 @@ FUSED_HD float float_of(uint32_t u) {
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr uint32_t kInfinity = 0x7f800000u;
 
+FUSED_HD uint32_t canonical_nan(uint32_t u) {
+  return (u & kMagnitude) > kInfinity ? 0x7fc00000u : u;
+}
+
 // ---- bfloat16: the high half of a float32 ----
 
 FUSED_HD float bf16_to_float(uint16_t h) { return float_of(uint32_t(h) << 16); }
@@ -47,10 +51,8 @@ FUSED_HD uint16_t float_to_bf16(float x) {
 
 // Rounds up with the probability of the distance: `random` is uniform over 32 bits. Inf and NaN are kept.
 FUSED_HD uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
-  const uint32_t u = bits_of(x);
-  const uint32_t rounded = (u + (random >> 16)) >> 16;
-  const uint32_t special = (u & kMagnitude) > kInfinity ? 0x7fc0u : u >> 16;
-  return uint16_t((u & kMagnitude) >= kInfinity ? special : rounded);
+  const uint32_t u = canonical_nan(bits_of(x));
+  return uint16_t((u + ((u & kMagnitude) >= kInfinity ? 0u : random >> 16)) >> 16);
 }
 
 // ---- float16 ----
@@ -78,13 +80,18 @@ FUSED_HD uint16_t float_to_fp16_stochastic(float x, uint32_t random) {
   const uint32_t u = bits_of(x);
   const uint32_t a = u & kMagnitude;
   const uint32_t special = a > kInfinity ? 0x7e00u : 0x7c00u;
-  // Below the normal range the spacing is fixed: compare the fraction of the spacing with 24 random bits.
-  const float scaled = (a < 0x38800000u ? float_of(a) : 0.0f) * 0x1p24f;
+  // Below the normal range the spacing is fixed: compare the fraction of the spacing with 24 random bits. Both are positive
+  // floats, so the difference of their bits has the sign of theirs. Arithmetic in place of choices: of those compilers make branches.
+  const float scaled = float_of(a < 0x38800000u ? a : 0x38800000u) * 0x1p24f;
   const int32_t whole = int32_t(scaled);
   const float fraction = scaled - float(whole);
-  const uint32_t denormal = uint32_t(whole) + uint32_t(float(int32_t(random >> 8)) * 0x1p-24f < fraction);
+  const uint32_t up = (bits_of(float(int32_t(random >> 8)) * 0x1p-24f) - bits_of(fraction)) >> 31;
+  const uint32_t denormal = uint32_t(whole) + up;
   const uint32_t normal = (a - (112u << 23) + (random >> 19)) >> 13;
-  const uint32_t h = a >= 0x47800000u ? special : (a < 0x38800000u ? denormal : normal);
+  const uint32_t below = uint32_t(int32_t(a - 0x38800000u) >> 31);
+  const uint32_t inside = uint32_t(int32_t(a - 0x47800000u) >> 31);
+  const uint32_t finite = normal ^ ((normal ^ denormal) & below);
+  const uint32_t h = special ^ ((special ^ finite) & inside);
   return uint16_t(h | ((u >> 16) & 0x8000u));
 }
 
@@ -106,10 +113,6 @@ struct Split8 {
   uint16_t param;
   int8_t remainder;
 };
-
-FUSED_HD uint32_t canonical_nan(uint32_t u) {
-  return (u & kMagnitude) > kInfinity ? 0x7fc00000u : u;
-}
 
 // Adding the borrow back: the parameter was rounded up where the remainder's top bit is set. A zero that somebody wrote
 // into the parameter beside an old remainder must not borrow: it would decode to NaN.
