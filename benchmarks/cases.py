@@ -124,12 +124,14 @@ class Precision:
     def state_bytes(self) -> float:
         return INT8_BYTES if self.state_name == "int8" else DTYPES[self.state_name].itemsize
 
-    def tolerance(self) -> float:
+    def tolerance(self, case: Case) -> float:
         """Largest relative error of the summed updates that the correctness gate lets through."""
         if self.state == "int8" or self.param in ("bf16", "fp16"):
             return 0.1  # the parameter's own rounding, at parameters of about 0.1 and steps of about 0.01
         if self.state in ("bf16", "fp16"):
             return 0.01
+        if not case.elementwise and self.param == "fp32":
+            return 2e-3  # torch's float32 sums over tens of millions of elements
         return 1e-9 if self.param == "fp64" else 2e-4
 
 

@@ -125,5 +125,5 @@ def check(
         got = torch.cat([(p - s).flatten() for p, s in zip(sample.take(side.params), start, strict=True)])
         off = float((got - want).norm() / want.norm()) if bool(got.isfinite().all()) else float("inf")
         moved = float((got != 0).double().mean())
-        verdicts[side.system] = Verdict(off, moved, problem.precision.tolerance(), kept[side.system])
+        verdicts[side.system] = Verdict(off, moved, problem.precision.tolerance(case), kept[side.system])
     return verdicts
