@@ -9,6 +9,10 @@
 #include "prologue.h"
 #include "rules.h"
 
+#if defined(FUSED_WITH_CUDA)
+#include "cuda/driver.h"
+#endif
+
 namespace py = pybind11;
 using namespace fused;
 
@@ -67,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
       .def("bind", &HostTable::bind, py::arg("index"), py::arg("param"), py::arg("watched"), py::arg("state"), py::arg("fields"))
       .def("refresh", &HostTable::refresh, py::arg("param_groups"), py::arg("state"))
       .def("read_hypers", &HostTable::read_hypers, py::arg("param_groups"), py::arg("rule_of_group"))
+      .def("read_on_device", &HostTable::read_on_device, py::arg("type"), py::arg("index"))
       .def("active_params", &HostTable::active_params)
       .def_readonly("active_generation", &HostTable::active_generation)
       .def_readonly("generation", &HostTable::generation);
@@ -133,4 +138,32 @@ PYBIND11_MODULE(_C, m) {
         update_adafactor(table.rows, factored.rows, table.groups, control, workspace);
       },
       py::arg("table"), py::arg("factored"), py::arg("control"), py::arg("workspace"), py::call_guard<py::gil_scoped_release>());
+
+#if defined(FUSED_WITH_CUDA)
+  m.attr("with_cuda") = true;
+  m.def("cuda_problem", &cuda::problem, py::arg("device"), "why the CUDA kernels do not run on a device; '' if they do");
+  m.def("cuda_debugging", &cuda::debugging);
+  py::class_<cuda::DeviceTable>(m, "DeviceTable")
+      .def(py::init<int>(), py::arg("device"))
+      .def(
+          "begin",
+          [](cuda::DeviceTable& device, const HostTable& table, bool rows_changed, uintptr_t stream) {
+            device.begin(table.rows, table.groups, rows_changed, stream);
+          },
+          py::arg("table"), py::arg("rows_changed"), py::arg("stream"))
+      .def("reduce", &cuda::DeviceTable::reduce, py::arg("stream"), py::arg("maximum"), py::arg("row_values"),
+           py::arg("total"))
+      .def(
+          "update",
+          [](const cuda::DeviceTable& device, const HostTable& table, uintptr_t stream, const StepControl& control) {
+            device.update(table.groups, stream, control);
+          },
+          py::arg("table"), py::arg("stream"), py::arg("control"))
+      .def("bad_row", [](const cuda::DeviceTable& device, const HostTable& table) { return device.bad_row(table.rows); })
+      .def_property_readonly("captured", &cuda::DeviceTable::captured)
+      .def_property_readonly("uploads", &cuda::DeviceTable::uploads)
+      .def_property_readonly("launches", &cuda::DeviceTable::launches);
+#else
+  m.attr("with_cuda") = false;
+#endif
 }

@@ -279,6 +279,25 @@ py::object HostTable::refresh(const py::list& param_groups, const py::dict& stat
   return std::move(attention);
 }
 
+void HostTable::read_on_device(int32_t type, int32_t index) {
+  reader_type_ = type;
+  reader_index_ = index;
+}
+
+void HostTable::read_hyper(PyObject* value, GroupRow& row, size_t h) const {
+  row.hyper_at[h] = nullptr;
+  if (reader_type_ != 0 && !PyFloat_CheckExact(value) && py::hasattr(value, "data_ptr")) {
+    TensorView view;
+    if (view_of(value, view) && view.numel == 1 && view.device_type == reader_type_ && view.device_index == reader_index_) {
+      row.hyper[h] = 0.0;
+      row.hyper_at[h] = view.data;
+      row.hyper_format[h] = view.format;
+      return;
+    }
+  }
+  row.hyper[h] = number_at(value);
+}
+
 void HostTable::read_hypers(const py::list& param_groups, const std::vector<int>& rule_of_group) {
   static PyObject* const maximize_name = PyUnicode_InternFromString("maximize");
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -290,9 +309,9 @@ void HostTable::read_hypers(const py::list& param_groups, const std::vector<int>
       if (names[h].item >= 0) {
         const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, names[h].item));
         if (!item) throw py::error_already_set();
-        groups[g].hyper[h] = number_at(item.ptr());
+        read_hyper(item.ptr(), groups[g], h);
       } else {
-        groups[g].hyper[h] = number_at(value);
+        read_hyper(value, groups[g], h);
       }
     }
     PyObject* maximize = PyDict_GetItemWithError(group, maximize_name);

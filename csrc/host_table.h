@@ -45,7 +45,10 @@ class HostTable {
   // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
   // groups hold other parameters than the table.
   pybind11::object refresh(const pybind11::list& param_groups, const pybind11::dict& state);
-  // Copies the hyperparameters of every group out of its dictionary; a tensor is read at its address.
+  // Names the device (DLPack's type and index) whose kernels read a hyperparameter that is a tensor there by themselves:
+  // `read_hypers` then takes its address and waits for nothing.
+  void read_on_device(int32_t type, int32_t index);
+  // Copies the hyperparameters of every group out of its dictionary.
   void read_hypers(const pybind11::list& param_groups, const std::vector<int>& rule_of_group);
 
   std::vector<TensorRow> rows;
@@ -75,6 +78,7 @@ class HostTable {
   bool unchanged(Entry& entry, TensorRow& row, bool look);
   static bool state_in_place(const Entry& entry, bool look);
   bool same_dictionaries(const pybind11::dict& state) const;
+  void read_hyper(PyObject* value, GroupRow& row, size_t h) const;
 
   bool state_moved_ = false;
   size_t turn_ = 0;
@@ -85,6 +89,7 @@ class HostTable {
     int item;  // index into a tuple such as betas, or -1
   };
   std::vector<std::vector<HyperName>> hyper_names_;
+  int32_t reader_type_ = 0, reader_index_ = 0;  // no device's type is 0
 };
 
 }  // namespace fused

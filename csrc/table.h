@@ -55,6 +55,9 @@ struct FactoredRow {
 struct GroupRow {
   double hyper[kMaxHypers];
   double grad_sign;  // -1 to maximize
+  // A hyperparameter that lives on the device and is read there, step by step: its address (else null) and format.
+  const void* hyper_at[kMaxHypers];
+  uint8_t hyper_format[kMaxHypers];
 };
 
 // What one step needs beside the tables. Addresses are read and written on the device that runs the step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,20 +26,44 @@ except ImportError as error:  # built without a compiler, or for another platfor
 
 def status() -> dict[str, tuple[bool, str]]:
     """Whether each backend is available, and why not."""
-    return {
-        "cuda": _cuda_status(),
-        "triton": _triton_status(),
-        "cpu": (True, "") if extension else (False, f"the compiled extension does not import: {EXTENSION_ERROR}"),
-        "reference": (True, ""),
-    }
+    return {name: available(name) for name in ("cuda", "triton", "cpu", "reference")}
 
 
-def _cuda_status() -> tuple[bool, str]:
-    return False, "the CUDA kernels are not part of this build"
+def available(name: str, device: torch.device | None = None) -> tuple[bool, str]:
+    """Whether one backend is available, on ``device`` where one is given, and why not."""
+    reason = _PROBLEMS[name](device)
+    return not reason, reason
 
 
-def _triton_status() -> tuple[bool, str]:
-    return False, "the Triton kernels are not part of this version"
+def _cuda_problem(device: torch.device | None) -> str:
+    if extension is None:
+        return _cpu_problem(device)
+    cuda = importlib.import_module(".cuda", __package__)
+    return str(cuda.problem() if device is None else cuda.device_problem(device))
+
+
+def _triton_problem(_: torch.device | None) -> str:
+    return "the Triton kernels are not part of this version"
+
+
+def _cpu_problem(_: torch.device | None) -> str:
+    return "" if extension is not None else f"the compiled extension does not import: {EXTENSION_ERROR}"
+
+
+def _no_problem(_: torch.device | None) -> str:
+    return ""
+
+
+_PROBLEMS: dict[str, Callable[[torch.device | None], str]] = {
+    "cuda": _cuda_problem,
+    "triton": _triton_problem,
+    "cpu": _cpu_problem,
+    "reference": _no_problem,
+}
+"""Says why a backend cannot be used, on a device where one is given; nothing if it can."""
+
+_SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""Backends for tensors on a type of device, best first; any other is served by the reference."""
 
 
 def choose(device: torch.device, requested: str | None, kernels: str = "") -> str:
@@ -52,18 +77,18 @@ def choose(device: torch.device, requested: str | None, kernels: str = "") -> st
     Raises:
         RuntimeError: ``requested`` is not available, or not made for that device.
     """
-    serves = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
-    known = status()
-    if requested is not None:
-        available, reason = known[requested]
-        if not available:
-            raise RuntimeError(f"backend={requested!r} is not available: {reason}")
-        if not _has_kernels(requested, kernels):
-            raise RuntimeError(f"backend={requested!r} has no kernels for {kernels.capitalize()} in this version")
-        if requested != "reference" and requested not in serves:
-            raise RuntimeError(f"backend={requested!r} does not serve parameters on device {device}")
-        return requested
-    return next((name for name in serves if known[name][0] and _has_kernels(name, kernels)), "reference")
+    serves = _SERVES.get(device.type, ())
+    if requested is None:
+        return next((n for n in serves if _has_kernels(n, kernels) and available(n, device)[0]), "reference")
+    served = requested == "reference" or requested in serves
+    usable, reason = available(requested, device if served else None)
+    if not usable:
+        raise RuntimeError(f"backend={requested!r} is not available: {reason}")
+    if not _has_kernels(requested, kernels):
+        raise RuntimeError(f"backend={requested!r} has no kernels for {kernels.capitalize()} in this version")
+    if not served:
+        raise RuntimeError(f"backend={requested!r} does not serve parameters on device {device}")
+    return requested
 
 
 @cache

@@ -1,0 +1,98 @@
+// Several neighbouring elements of one thread: memory <-> registers, 16 bytes at a time where the address allows.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../formats.h"
+#include "device_table.h"
+
+namespace fused::cuda {
+
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> { using type = unsigned short; };
+template <>
+struct Word<4> { using type = unsigned int; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<16> { using type = uint4; };
+
+template <int BYTES>
+constexpr int kWordBytes = BYTES >= 16 ? 16 : BYTES;
+
+enum class Reuse { kOnce, kAgain };  // whether another kernel soon reads the same memory
+
+template <Reuse REUSE, class T>
+__device__ __forceinline__ T load_word(const T* address) {
+  if constexpr (REUSE == Reuse::kOnce) return __ldcs(address);
+  else return *address;
+}
+
+// Elements [0, count) at `address`; the others become zero.
+template <Reuse REUSE, class Raw, int V>
+__device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&out)[V]) {
+  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
+  using W = typename Word<kWord>::type;
+  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWord == 0) {
+    W words[kBytes / kWord];
+#pragma unroll
+    for (int w = 0; w < kBytes / kWord; ++w) words[w] = load_word<REUSE>(reinterpret_cast<const W*>(address) + w);
+    memcpy(out, words, kBytes);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = j < count ? load_word<REUSE>(address + j) : Raw(0);
+  }
+}
+
+template <Reuse REUSE, class Raw, int V>
+__device__ __forceinline__ void store_raw(Raw* address, int count, const Raw (&in)[V]) {
+  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
+  using W = typename Word<kWord>::type;
+  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWord == 0) {
+    W words[kBytes / kWord];
+    memcpy(words, in, kBytes);
+#pragma unroll
+    for (int w = 0; w < kBytes / kWord; ++w) {
+      if constexpr (REUSE == Reuse::kOnce) __stcs(reinterpret_cast<W*>(address) + w, words[w]);
+      else reinterpret_cast<W*>(address)[w] = words[w];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (j < count) address[j] = in[j];
+  }
+}
+
+// Stored elements as T. `base` is the tensor's address, `begin` the thread's first element.
+template <Reuse REUSE, class T, int V>
+__device__ __forceinline__ void load(uint8_t format, const void* base, int64_t begin, int count, T (&out)[V]) {
+  switch (format) {
+    case kFloat32: {
+      float raw[V];
+      load_raw<REUSE>(static_cast<const float*>(base) + begin, count, raw);
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = T(raw[j]);
+      break;
+    }
+    case kFloat64: {
+      double raw[V];
+      load_raw<REUSE>(static_cast<const double*>(base) + begin, count, raw);
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = T(raw[j]);
+      break;
+    }
+    default: {
+      unsigned short raw[V];
+      load_raw<REUSE>(static_cast<const unsigned short*>(base) + begin, count, raw);
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = T(format == kBFloat16 ? bf16_to_float(raw[j]) : fp16_to_float(raw[j]));
+    }
+  }
+}
+
+}  // namespace fused::cuda

@@ -1,0 +1,137 @@
+// Every block adds up a fixed span of one gradient in a fixed order; the last block of a row to finish adds up the row's
+// spans, and the very last one the rows, in a fixed order too: the result is the same to the bit from run to run, whatever
+// the order blocks run in.
+#include "reduce.h"
+
+#include "memory.h"
+
+namespace fused::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp;
+
+__device__ __forceinline__ double join(double a, double b, bool maximum) { return maximum ? max_nan(a, b) : a + b; }
+
+// The block's values in one, valid in thread 0.
+__device__ double join_block(double value, bool maximum) {
+  __shared__ double of_warp[kWarps];
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+    value = join(value, __shfl_down_sync(0xffffffffu, value, lanes), maximum);
+  __syncthreads();  // the last use of `of_warp` is over
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int w = 1; w < kWarps; ++w) value = join(value, of_warp[w], maximum);
+  return value;
+}
+
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
+
+// Gradients are read with the usual caching: the update reads them again.
+template <class T, int V, class Convert>
+__device__ __forceinline__ double accumulate(const T* grad, int n, bool maximum, double& poison, Convert convert) {
+  double lane[V] = {};
+#pragma unroll 4
+  for (int first = int(threadIdx.x) * V; first < n; first += kThreads * V) {
+    T raw[V];
+    load_raw<Reuse::kAgain>(grad + first, n - first < V ? n - first : V, raw);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const double x = double(convert(raw[j]));
+      lane[j] = maximum ? max_nan(fabs(x), lane[j]) : fma_(x, x, lane[j]);
+      if constexpr (sizeof(T) == 8) poison += 0.0 * x;  // a square may overflow where the element does not
+    }
+  }
+#pragma unroll
+  for (int width = V / 2; width > 0; width /= 2)
+#pragma unroll
+    for (int j = 0; j < width; ++j) lane[j] = join(lane[j], lane[j + width], maximum);
+  return lane[0];
+}
+
+// True in the whole block for the last of `count` blocks to come here; what the others wrote before is visible to it.
+__device__ bool is_last(uint32_t* arrived, unsigned count) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1u) == count - 1u;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// One span of a gradient; the last block of a row adds up the row.
+__device__ __forceinline__ void reduce_span(const ReduceArgs& args, const Piece& span) {
+  const DeviceRow& row = args.rows[span.row];
+  const int64_t begin = int64_t(span.index) * kSpan;
+  const int64_t left = row.tensor.numel - begin;
+  const int n = left < kSpan ? int(left) : kSpan;
+  const void* grad = args.grads[span.row];
+  double value = 0.0, poison = 0.0;
+  switch (row.tensor.grad_format) {
+    case kFloat32:
+      value = accumulate<float, 4>(static_cast<const float*>(grad) + begin, n, args.maximum, poison, [](float x) { return x; });
+      break;
+    case kFloat64:
+      value = accumulate<double, 2>(static_cast<const double*>(grad) + begin, n, args.maximum, poison, [](double x) { return x; });
+      break;
+    case kBFloat16:
+      value = accumulate<unsigned short, 8>(static_cast<const unsigned short*>(grad) + begin, n, args.maximum, poison,
+                                            [](unsigned short x) { return bf16_to_float(x); });
+      break;
+    default:
+      value = accumulate<unsigned short, 8>(static_cast<const unsigned short*>(grad) + begin, n, args.maximum, poison,
+                                            [](unsigned short x) { return fp16_to_float(x); });
+  }
+  value = join_block(value, args.maximum);
+  if (row.tensor.grad_format == kFloat64) poison = join_block(poison, false);
+  bool nonfinite = !is_finite(row.tensor.grad_format == kFloat64 ? poison : value);  // as far as thread 0 knows
+
+  const unsigned spans = unsigned((row.tensor.numel + kSpan - 1) / kSpan);
+  if (spans > 1u) {
+    if (threadIdx.x == 0) {
+      args.partials[blockIdx.x] = value;
+      if (nonfinite) args.flags[span.row] = 1u;
+    }
+    if (!is_last(args.arrived + span.row, spans)) return;
+    value = 0.0;
+#pragma unroll 8
+    for (unsigned i = threadIdx.x; i < spans; i += kThreads)
+      value = join(value, __ldcg(args.partials + row.first_span + i), args.maximum);
+    value = join_block(value, args.maximum);
+    if (threadIdx.x == 0) {
+      nonfinite = __ldcg(args.flags + span.row) != 0u;
+      args.flags[span.row] = args.arrived[span.row] = 0u;
+    }
+  }
+  if (threadIdx.x == 0) {
+    args.row_values[2 * row.index] = value;
+    args.row_values[2 * row.index + 1] = nonfinite ? 1.0 : 0.0;
+  }
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kThreads) reduce(ReduceArgs args) {
+  if (args.spans != nullptr) reduce_span(args, args.spans[blockIdx.x]);
+  if (!is_last(args.counter, gridDim.x)) return;
+
+  double value = 0.0, nonfinite = 0.0;
+#pragma unroll 4
+  for (int64_t r = threadIdx.x; r < args.row_count; r += kThreads) {
+    if (args.rows[r].tensor.numel == 0) continue;
+    value = join(value, __ldcg(args.row_values + 2 * args.rows[r].index), args.maximum);
+    nonfinite += __ldcg(args.row_values + 2 * args.rows[r].index + 1);
+  }
+  value = join_block(value, args.maximum);
+  nonfinite = join_block(nonfinite, false);
+  if (threadIdx.x == 0) {
+    args.total[0] = value;
+    args.total[1] = nonfinite;
+    *args.counter = 0u;
+  }
+}
+
+}  // namespace fused::cuda

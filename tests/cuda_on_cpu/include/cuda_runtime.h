@@ -1,0 +1,147 @@
+// CUDA as far as csrc/cuda uses it, played by the CPU: for tests only.
+//
+// The kernels' own source is compiled by the host compiler against this header. Each thread of a block is a fiber that runs
+// until it has to wait for others; one operating-system thread plays all of them, in an order that the test chooses.
+// What a GPU would forgive or hide is an error here: misaligned vectors, shuffles with lanes that are absent or not in the
+// mask, lanes that meet in different shuffles, threads that wait in different barriers or for one that never comes.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // one block runs at a time
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+// The value that lane `source` of the warp brought to the same exchange.
+uint64_t exchange(unsigned mask, uint64_t value, int source, int line);
+void barrier(int line);
+[[noreturn]] void fail(const char* what);  // ends the kernel with an error
+
+template <class T>
+void require_aligned(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("misaligned access");
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, int source, int line) {
+  static_assert(sizeof(T) <= 8, "");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, source, line);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+// ---- device functions ----
+
+template <class T>
+T __ldcs(const T* address) {
+  cuda_on_cpu::require_aligned(address);
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return __ldcs(address);
+}
+template <class T>
+void __stcs(T* address, T value) {
+  cuda_on_cpu::require_aligned(address);
+  *address = value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, int line = __builtin_LINE()) {
+  const int lane = int(threadIdx.x % 32), other = lane ^ lane_mask;
+  return cuda_on_cpu::shuffle(mask, value, other / width == lane / width ? other : lane, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
+  const int lane = int(threadIdx.x % 32), other = lane + int(delta);
+  return cuda_on_cpu::shuffle(mask, value, other / width == lane / width ? other : lane, line);
+}
+
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::barrier(line); }
+inline void __threadfence() {}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+
+// ---- host functions ----
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+constexpr unsigned cudaStreamNonBlocking = 1;
+
+struct cudaStream;
+using cudaStream_t = cudaStream*;
+struct cudaFuncAttributes {};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  int device;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+const char* cudaGetErrorString(cudaError_t);
+const char* cudaGetErrorName(cudaError_t);
+cudaError_t cudaGetLastError();
+cudaError_t cudaRuntimeGetVersion(int*);
+cudaError_t cudaDriverGetVersion(int*);
+cudaError_t cudaGetDeviceCount(int*);
+cudaError_t cudaGetDevice(int*);
+cudaError_t cudaSetDevice(int);
+cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*);
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes*, const void*);
+cudaError_t cudaMalloc(void**, size_t);
+cudaError_t cudaFree(void*);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned);
+cudaError_t cudaStreamDestroy(cudaStream_t);
+cudaError_t cudaStreamSynchronize(cudaStream_t);
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*);
+
+namespace cuda_on_cpu {
+cudaError_t enqueue(const cudaLaunchConfig_t& config, std::function<void()> thread);
+}
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel arguments hold 4 KB");
+  // Arguments are taken by value when the kernel is queued.
+  return cuda_on_cpu::enqueue(*config, [kernel, values = std::tuple<Params...>(args...)] { std::apply(kernel, values); });
+}
