@@ -496,7 +496,7 @@ PLANTED = {
         "  __syncthreads();  // the last use of `of_warp` is over\n",
         "",
     ),
-    "missing-barrier-of-last": ("reduce.cu", "  __syncthreads();\n  if (last) __threadfence();", "  if (last) __threadfence();"),
+    "missing-barrier-of-last": ("reduce.cu", "  __syncthreads();\n  if (last) ", "  if (last) "),
     "tail-off-by-one": ("update_plain.cu", "if (i >= n) return;", "if (i >= n - 1) return;"),
     "round-too-short": ("update_mixed.cu", "round < n; round +=", "round < n - 1; round +="),
     "lane-mask": (
