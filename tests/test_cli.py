@@ -135,6 +135,24 @@ def test_demo_reports_a_run_that_diverges(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "demo.png").stat().st_size > 10_000
 
 
+def test_demo_in_float16_skips_overflows(tmp_path: Path) -> None:
+    import fused
+
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    if not hasattr(fused, "GradScaler"):
+        pytest.skip("this version has no loss scaler")
+    options = ("--precision", "fp16", "--master", "split", "--clip", "1.0", "--inject-overflow", "4")
+    command = fused_cli(tmp_path, *TINY, "--steps", "9", "--against", "default", *options)
+    assert_succeeded(command)
+    float32, ours = json.loads((tmp_path / "results" / "demo.json").read_text())["runs"]
+    assert ours["skipped_steps"] == [4, 8]
+    assert ours["losses"][:4] == pytest.approx(float32["losses"][:4], abs=5e-3)
+    assert ours["losses"] == pytest.approx(float32["losses"], abs=0.5)
+    assert ours["losses"][-1] < ours["losses"][0]
+    assert ours["bytes_per_parameter"] == pytest.approx(12.0, abs=0.01)
+
+
 def test_progress_in_a_terminal() -> None:
     rich_console = pytest.importorskip("rich.console")
     from fused.demo import command
