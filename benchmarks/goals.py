@@ -13,6 +13,7 @@ from .commands.common import Run
 from .commands.kernel import gradient_cell
 from .commands.memory import measure_memory
 from .commands.pipeline import measure_pipeline
+from .gate import Verdict, check
 from .measure import measure_cell
 from .problem import NotAvailable, Problem, Side
 from .report import Row
@@ -98,6 +99,10 @@ def _groups(shape: str, groups: int) -> Callable[[Run], tuple[float, str]]:
         for key, count in (("one", 1), ("many", groups)):
             options = replace(run.session.options, groups=count)
             sides.append(replace(SYSTEMS["fused"].make(CASES["adamw"], problem, options), system=key))
+        wrong = [v for v in check(CASES["adamw"], problem, sides).values() if not (isinstance(v, Verdict) and v.ok)]
+        if wrong:
+            run.session.wrong.append(f"{groups} groups: {wrong[0]}")
+            raise NotAvailable("wrong result")
         times = interleave(sides, make_clock(run.device), run.session.budget)
         excess = paired_ratio(times["many"].walls, times["one"].walls).median - 1
         one, many = (1e3 * times[k].wall.median for k in ("one", "many"))

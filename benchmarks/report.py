@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -121,14 +122,16 @@ class Result:
         return cls(**data)
 
 
-def _terminal() -> bool:
+@functools.cache
+def _rich() -> Any:
+    """The one rich console, shared by tables and the live bar; None where there is no terminal or no rich."""
     if not sys.stdout.isatty():
-        return False
+        return None
     try:
-        import rich  # noqa: F401
+        from rich.console import Console
     except ImportError:
-        return False
-    return True
+        return None
+    return Console()
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -145,13 +148,13 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    if not _terminal():
+    console = _rich()
+    if console is None:
         print(f"\n{title}\n{plain_table(columns, rows)}")
         if caption:
             print(caption)
         sys.stdout.flush()
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -162,25 +165,22 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(column, justify="left" if text else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def say(message: str) -> None:
-    if _terminal():
-        from rich.console import Console
-
-        Console().print(message, style="dim", highlight=False)
-    else:
-        print(message, flush=True)
+    _line(message, "dim")
 
 
 def warn(message: str) -> None:
-    if _terminal():
-        from rich.console import Console
+    _line(f"warning: {message}", "yellow")
 
-        Console().print(f"warning: {message}", style="yellow", highlight=False)
+
+def _line(message: str, style: str) -> None:
+    if console := _rich():
+        console.print(message, style=style, highlight=False, markup=False)
     else:
-        print(f"warning: {message}", flush=True)
+        print(message, flush=True)
 
 
 class Progress:
@@ -192,15 +192,15 @@ class Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self._bar: Any = None
-        if _terminal():
+        if console := _rich():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
-                TextColumn("{task.fields[what]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("{task.description}"), transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=total, what=what)
+            # No refresh thread: it would run in the middle of what is being timed.
+            columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            description = TextColumn("{task.description}")
+            self._bar = RichProgress(*columns, description, console=console, transient=True, auto_refresh=False)
+            self._task = self._bar.add_task("", total=total)
         self._started = False
 
     def __enter__(self) -> Progress:
@@ -210,7 +210,7 @@ class Progress:
 
     def __call__(self, description: str) -> None:
         if self._bar:
-            self._bar.update(self._task, description=description, advance=1 if self._started else 0)
+            self._bar.update(self._task, description=description, advance=int(self._started), refresh=True)
             self._started = True
 
     def __exit__(self, *_: object) -> None:
