@@ -1,6 +1,7 @@
 """The storage formats in plain torch: the specification of ``csrc/formats.h`` and ``csrc/blocks8.h``, bit for bit.
 
-Patterns of unsigned 32-bit integers are held in int64 tensors, where shifts and comparisons are those of unsigned numbers.
+Patterns of unsigned 32-bit integers are held in int64 tensors, where shifts and comparisons are those of unsigned
+numbers.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def split_master(master: Tensor, dtype: torch.dtype, bits: int, random: Tensor |
         random: 32 random bits per element to round an 8-bit remainder stochastically; None: to nearest.
 
     Numerics:
-        bfloat16 and 16 bits: exact for every value; the parameter is the master rounded to nearest, ties away from zero.
+        bfloat16 and 16 bits: exact for every value; the parameter is the master rounded to nearest, ties away from
+        zero.
         bfloat16 and 8 bits: the master rounded to 16 significant bits, relative error at most 2^-16.
         float16 and 16 bits: exact for magnitudes in [2^-14, 65520), else an absolute error of at most 2^-40.
         float16 and 8 bits: relative error at most 2^-19 (2^-18 at the upper end of a spacing), below 2^-14 an absolute
@@ -233,7 +235,8 @@ def _signed_block(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spread = words & 7
     mu = float_of(_ONE + ((spread * (spread + 9)) << 20))
     width = (bits_of(1.0 + mu) - _ONE).to(torch.float32)
-    levels = torch.full_like(width, _SIGNED_LEVELS)  # number / tensor would be the reciprocal times the number: two roundings
+    # number / tensor would be the reciprocal times the number: two roundings
+    levels = torch.full_like(width, _SIGNED_LEVELS)
     return float_of((words >> 3) << 18), mu, width / levels, levels / width
 
 

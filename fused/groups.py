@@ -25,8 +25,8 @@ def param_groups(
     r"""Groups a model's parameters as recipes do: no decay for norms and biases, smaller steps for early layers.
 
     A parameter decays if it has two dimensions or more, is no module's ``bias``, and belongs to no normalization. With
-    ``layer_decay`` :math:`d`, layer :math:`l` of :math:`L` learns at :math:`\eta \, d^{\,L - l}`: embeddings are layer 0,
-    block :math:`i` is layer :math:`i + 1`, what comes after the blocks keeps the full rate. Hundreds of groups cost
+    ``layer_decay`` :math:`d`, layer :math:`l` of :math:`L` learns at :math:`\eta \, d^{\,L - l}`: embeddings are layer
+    0, block :math:`i` is layer :math:`i + 1`, what comes after the blocks keeps the full rate. Hundreds of groups cost
     a fused step nothing.
 
     Args:

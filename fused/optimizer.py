@@ -43,8 +43,8 @@ class EngineOptions(TypedDict, total=False):
 class FusedOptimizer(Optimizer):
     r"""A ``torch.optim.Optimizer`` whose step updates the whole model at once.
 
-    Subclasses name a rule; everything else (dtypes, master weights, clipping, skipping, layouts, backends) lives here and
-    below, once.
+    Subclasses name a rule; everything else (dtypes, master weights, clipping, skipping, layouts, backends) lives here
+    and below, once.
 
     Args:
         params: parameters, named parameters, or groups of either.
@@ -54,8 +54,8 @@ class FusedOptimizer(Optimizer):
             bfloat16); ``"split8"``: an 8-bit remainder (+1 byte). May differ per group.
         state_dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``"int8"`` (blocks of 64 with a scale);
             None: the parameter's dtype, float32 beside master weights. May differ per group.
-        stochastic_rounding: round to a lower precision with the probability of the distance, reproducibly from ``seed``.
-            May differ per group.
+        stochastic_rounding: round to a lower precision with the probability of the distance, reproducibly from
+            ``seed``. May differ per group.
         seed: of the stochastic rounding.
         max_grad_norm: clip the global norm of all gradients (all groups, dtypes, devices and shards) to this; None: do
             not; ``inf``: measure it only. The norm costs one read of the gradients; the factor is applied during the
@@ -173,7 +173,8 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             for name in OPTIMIZER_OPTIONS:
                 if name in param_group:
-                    raise ValueError(f"{name}={param_group[name]!r} is an option of the whole optimizer, not of a group")
+                    value = param_group[name]
+                    raise ValueError(f"{name}={value!r} is an option of the whole optimizer, not of a group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in OPTIMIZER_OPTIONS:
@@ -190,8 +191,8 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` of this class or of its counterpart in torch.optim.
 
-        State keeps the dtype it was saved in, unless ``state_dtype`` asks for another. Options that torch.optim does not
-        know stay as they are where the dictionary lacks them.
+        State keeps the dtype it was saved in, unless ``state_dtype`` asks for another. Options that torch.optim does
+        not know stay as they are where the dictionary lacks them.
 
         Raises:
             ValueError: the groups do not match, or the state does not fit a parameter. Nothing has changed then.

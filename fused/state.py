@@ -128,7 +128,8 @@ def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor
         elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
             if name in rule.states and value.shape != param.shape:
                 raise ValueError(
-                    f"state '{name}' of shape {tuple(value.shape)} does not fit its parameter of shape {tuple(param.shape)}"
+                    f"state '{name}' of shape {tuple(value.shape)} does not fit its parameter "
+                    f"of shape {tuple(param.shape)}"
                 )
             moved = value.detach().to(param.device, copy=saved.copy)
             if name in rule.states:

@@ -1,7 +1,7 @@
 """Plain torch: the executable specification of every rule, and the backend where there is no other.
 
-It serves any device torch has, autograd (``differentiable=True``) and ``torch.compile``. The rules stand in the order of
-``csrc/rules.h`` and say the same.
+It serves any device torch has, autograd (``differentiable=True``) and ``torch.compile``. The rules stand in the order
+of ``csrc/rules.h`` and say the same.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Batch:
             return
         name = parameter_name(group, i)
         if grad.layout != torch.strided:
-            raise RuntimeError(f"{type(self.optimizer).__name__} does not support sparse gradients ({grad.layout} of {name})")
+            kind = type(self.optimizer).__name__
+            raise RuntimeError(f"{kind} does not support sparse gradients ({grad.layout} of {name})")
         for kind, tensor in (("parameter", param), ("gradient", grad)):
             if tensor.dtype not in FORMAT_OF_DTYPE:
                 raise RuntimeError(f"the {kind} of {name} has dtype {tensor.dtype}, which has no optimizer step")
@@ -288,7 +289,9 @@ def _real(tensor: Tensor) -> Tensor:
 class _Operands:
     """One parameter and its state, from storage to arithmetic and back."""
 
-    def __init__(self, param: Tensor, state: dict[str, Any], rule: Rule, storage: Storage, index: int, seed: int) -> None:
+    def __init__(
+        self, param: Tensor, state: dict[str, Any], rule: Rule, storage: Storage, index: int, seed: int
+    ) -> None:
         self.param, self.state, self.rule, self.storage = param, state, rule, storage
         self.index, self.seed = index, seed
 

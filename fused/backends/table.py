@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class TableBatch:
     """Keeps the host table of one device in step with the live parameters, gradients and state.
 
-    The table watches the plain cases itself (``csrc/host_table.cpp``); a row comes here only where something changed, or
-    where it needs a copy in another layout: a parameter with gaps or overlaps between its elements, a gradient with other
-    strides than its parameter. Such copies are made before the update and written back after it.
+    The table watches the plain cases itself (``csrc/host_table.cpp``); a row comes here only where something changed,
+    or where it needs a copy in another layout: a parameter with gaps or overlaps between its elements, a gradient
+    with other strides than its parameter. Such copies are made before the update and written back after it.
     """
 
     hypers_by_rule: Sequence[Sequence[Hyper]] = tuple(rule.hypers for rule in RULES.values())
@@ -87,7 +87,8 @@ class TableBatch:
             return
         if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__} does not support sparse gradients ({grad.layout} of {self._name(index)})"
+                f"{type(self.optimizer).__name__} does not support sparse gradients "
+                f"({grad.layout} of {self._name(index)})"
             )
         if grad.shape != param.shape or local(grad).device != self.device:
             raise RuntimeError(
@@ -96,7 +97,9 @@ class TableBatch:
             )
         for kind, tensor in (("parameter", param), ("gradient", grad)):
             if tensor.dtype not in FORMAT_OF_DTYPE:
-                raise RuntimeError(f"the {kind} of {self._name(index)} has dtype {tensor.dtype}, which has no optimizer step")
+                raise RuntimeError(
+                    f"the {kind} of {self._name(index)} has dtype {tensor.dtype}, which has no optimizer step"
+                )
         if param.is_conj():
             raise RuntimeError(f"{self._name(index)} is a conjugated view; make it with resolve_conj()")
         Storage.of(self.optimizer.param_groups[g]).check(param, self._name(index))
@@ -108,7 +111,7 @@ class TableBatch:
         group, rule = self.optimizer.param_groups[g], self.rules[g]
         self.staged.pop(index, None)
         # Whether a complex gradient is conjugated, as autograd leaves it, does not show in its address and strides.
-        plain = not (is_traceable_wrapper_subclass(param) or param.is_complex())
+        plain = not (param.is_complex() or is_traceable_wrapper_subclass(param))
         if param.grad is None:
             self.table.bind(index, param, plain, None, {})
             return
@@ -142,7 +145,9 @@ class TableBatch:
         if "step" in state:
             fields["step"] = state["step"].data_ptr()
         self._bind_master(fields, state, dense)
-        fields["states"] = [self._state_fields(state, name, dense, name not in rule.nonnegative) for name in rule.states]
+        fields["states"] = [
+            self._state_fields(state, name, dense, name not in rule.nonnegative) for name in rule.states
+        ]
         self._bind_more(index, state, dense)
         self.table.bind(index, param, direct, state, fields)
 
