@@ -103,7 +103,11 @@ class Side:
         private = [g.clone() for g in shared]
         for p, g in zip(params, private, strict=True):
             p.grad = g
-        self.prepare = lambda: torch._foreach_copy_(private, shared)
+
+        def restore() -> None:
+            torch._foreach_copy_(private, shared)
+
+        self.prepare = restore
 
     def held_bytes(self) -> int:
         """Bytes of parameters and everything kept between steps, as the tensors really hold them."""
