@@ -5,10 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "../formats.h"
 #include "kernels.h"
 #include "storage.h"
@@ -37,16 +33,6 @@ double sum_squares(const T* __restrict x, int64_t n) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
   return lane[0];
-}
-
-// float16 to float32 for sums only: the processor's conversion makes another NaN of a signalling one.
-void widen_fp16(const uint16_t* in, int64_t n, float* out) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-#endif
-  for (; i < n; ++i) out[i] = fp16_to_float(in[i]);
 }
 
 FUSED_HD int32_t magnitude_bits(float x) { return int32_t(bits_of(x) & kMagnitude); }
@@ -113,12 +99,7 @@ Reduction reduce(const TensorRow& row, int64_t begin, int64_t end, bool maximum)
     alignas(64) float buffer[kBlock];
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t count = std::min(kBlock, end - b);
-      if (row.grad_format == kFloat16) {
-        widen_fp16(static_cast<const uint16_t*>(row.grad) + b, count, buffer);
-      } else {
-        load(row.grad_format, row.grad, b, count, buffer);
-      }
-      total += sum_squares(buffer, count);
+      total += sum_squares(load(row.grad_format, row.grad, b, count, buffer), count);
     }
   }
   return {total, magnitude_bits(total) >= kInfinity64};
