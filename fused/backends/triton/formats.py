@@ -77,3 +77,93 @@ def float_to_fp16_stochastic(x, random):
     below = whole.to(tl.uint32) + up.to(tl.uint32)
     h = tl.where(a >= 0x47800000, special, tl.where(a < 0x38800000, below, normal))
     return (h | ((u >> 16) & 0x8000)).to(tl.uint16)
+
+
+# ---- a float32 master as a low-precision parameter and a remainder ----
+
+
+@triton.jit
+def split_bf16(master, BITS: tl.constexpr, rounding):
+    """(parameter, remainder) patterns; ``rounding`` is added before the low 8 bits of an 8-bit remainder are dropped."""
+    u = _bits(master)
+    u = tl.where((u & MAGNITUDE) > INFINITY, 0x7FC00000, u)
+    if BITS == 16:
+        return ((u + 0x8000) >> 16).to(tl.uint16), u.to(tl.uint16)
+    kept = tl.where((u & MAGNITUDE) >= INFINITY, u, (u + rounding) & 0xFFFFFF00)
+    return ((kept + 0x8000) >> 16).to(tl.uint16), (kept >> 8).to(tl.uint8)
+
+
+@triton.jit
+def join_bf16(param, remainder, BITS: tl.constexpr):
+    wide = param.to(tl.uint32)
+    low = remainder.to(tl.uint32)
+    rounded_up = low >= (1 << (BITS - 1))
+    zero = (wide & 0x7FFF) == 0  # written from outside beside an old remainder: must not borrow, it would decode to NaN
+    high = wide - (rounded_up & (zero == 0)).to(tl.uint32)
+    return _float((high << 16) | (tl.where(rounded_up & zero, 0, low) << (16 - BITS)))
+
+
+@triton.jit
+def _finite_magnitude(u):
+    a = u & MAGNITUDE
+    return _float(tl.where(a >= INFINITY, 0, a))
+
+
+@triton.jit
+def split_fp16(master, BITS: tl.constexpr, rounding):
+    half = float_to_fp16(master)
+    code = half.to(tl.uint32) & 0x7FFF
+    wide = _bits(fp16_to_float(half))
+    denormal = code < 0x400
+    unit = 549755813888.0 if BITS == 16 else 1099511627776.0  # 2^39, 2^40
+    difference = tl.where(denormal, _finite_magnitude(_bits(master)) - _finite_magnitude(wide), 0.0) * unit
+    fixed = (difference + tl.where(difference < 0.0, -0.5, 0.5)).to(tl.int32)
+    normal = (_bits(master) & MAGNITUDE).to(tl.int32) - (wide & MAGNITUDE).to(tl.int32)
+    distance = tl.where(code >= 0x7C00, 0, tl.where(denormal, fixed, normal))
+    if BITS == 8:
+        shift = tl.where(denormal, 8, 5)
+        distance = (distance + (rounding.to(tl.int32) >> (8 - shift))) >> shift
+        return half, tl.minimum(tl.maximum(distance, -128), 127).to(tl.uint8)
+    return half, tl.minimum(tl.maximum(distance, -32768), 32767).to(tl.uint16)
+
+
+@triton.jit
+def join_fp16(param, remainder, BITS: tl.constexpr):
+    signed = remainder.to(tl.int32)
+    signed = tl.where(signed >= (1 << (BITS - 1)), signed - (1 << BITS), signed)
+    code = param.to(tl.uint32) & 0x7FFF
+    u = _bits(fp16_to_float(param))
+    a = u & MAGNITUDE
+    denormal = code < 0x400
+    unit = 549755813888.0 if BITS == 16 else 4294967296.0  # 2^39, 2^32
+    fixed = _float(tl.where(denormal, a, 0)) + signed.to(tl.float32) / unit
+    distance = signed if BITS == 16 else signed * 32
+    normal = (a.to(tl.int32) + distance).to(tl.uint32)
+    joined = tl.where(code >= 0x7C00, a, tl.where(denormal, _bits(fixed), normal))
+    return _float((u & 0x80000000) ^ joined)
+
+
+# ---- random bits for stochastic rounding ----
+
+
+@triton.jit
+def random_bits(seed, element, stream, operand, step):
+    """32 random bits per element: word i % 4 of Philox counter i / 4, as ``csrc/formats.h`` has it."""
+    counter = element // 4
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    c2 = (stream * 8 + operand).to(tl.uint32) + 0 * c0
+    c3 = step.to(tl.uint32) + 0 * c0
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        m0 = c0.to(tl.uint64) * 0xD2511F53
+        m1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (m1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = m1.to(tl.uint32)
+        c2 = (m0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = m0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    word = element % 4
+    return tl.where(word == 0, c0, tl.where(word == 1, c1, tl.where(word == 2, c2, c3)))

@@ -1,0 +1,278 @@
+"""The kernels: prologue, norm and update, over a table of addresses in device memory.
+
+A row of the table is a ``TensorRow`` of ``csrc/table.h`` as ``ROW_WORDS`` 64-bit words. Work comes as a list of chunks:
+``row * 2 + full`` in one tensor, the first element in another; ``full`` says that the chunk has no tail and that every
+address in it is a multiple of 16 bytes, so it takes an unmasked path with 128-bit accesses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import formats
+
+ROW_WORDS = 16
+PARAM, GRAD, MASTER, STATE, SCALE, STEP, NUMEL, GROUP = (tl.constexpr(word) for word in (0, 1, 2, 3, 7, 11, 12, 13))
+WORDS = tl.constexpr(ROW_WORDS)
+HYPERS = tl.constexpr(8)
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER16, REMAINDER8 = (tl.constexpr(number) for number in range(1, 7))
+
+
+@triton.jit
+def _pointer(address, dtype: tl.constexpr):
+    return address.to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def _load_as(address, offset, mask, FORMAT: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr):
+    """Elements of a stored tensor in the arithmetic's type."""
+    if FORMAT == FLOAT32:
+        x = _load(_pointer(address, tl.float32), offset, mask, MASKED)
+    elif FORMAT == FLOAT64:
+        x = _load(_pointer(address, tl.float64), offset, mask, MASKED)
+    elif FORMAT == BFLOAT16:
+        x = formats.bf16_to_float(_load(_pointer(address, tl.uint16), offset, mask, MASKED))
+    else:
+        x = formats.fp16_to_float(_load(_pointer(address, tl.uint16), offset, mask, MASKED))
+    return x.to(tl.float64) if DOUBLE else x.to(tl.float32)
+
+
+@triton.jit
+def _load(pointer, offset, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + offset, mask=mask, other=0)
+    return tl.load(tl.multiple_of(pointer, 16) + offset)
+
+
+@triton.jit
+def _store(pointer, offset, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offset, value, mask=mask)
+    else:
+        tl.store(tl.multiple_of(pointer, 16) + offset, value)
+
+
+@triton.jit
+def _store_as(
+    address, offset, mask, x, random, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr
+):
+    if FORMAT == FLOAT32:
+        _store(_pointer(address, tl.float32), offset, x, mask, MASKED)
+    elif FORMAT == FLOAT64:
+        _store(_pointer(address, tl.float64), offset, x, mask, MASKED)
+    elif FORMAT == BFLOAT16:
+        bits = formats.float_to_bf16_stochastic(x, random) if STOCHASTIC else formats.float_to_bf16(x)
+        _store(_pointer(address, tl.uint16), offset, bits, mask, MASKED)
+    else:
+        bits = formats.float_to_fp16_stochastic(x, random) if STOCHASTIC else formats.float_to_fp16(x)
+        _store(_pointer(address, tl.uint16), offset, bits, mask, MASKED)
+
+
+@triton.jit
+def _low_dtype(MASTER_FORMAT: tl.constexpr):
+    return tl.uint16 if MASTER_FORMAT == REMAINDER16 else tl.uint8
+
+
+@triton.jit
+def _update_chunk(
+    row, offset, mask, c, factor, stream, step, seed,
+    RULE: tl.constexpr, STATES: tl.constexpr, PARAM_FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
+    MASTER_FORMAT: tl.constexpr, STATE_FORMATS: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    double: tl.constexpr = PARAM_FORMAT == FLOAT64
+    split: tl.constexpr = MASTER_FORMAT == REMAINDER16 or MASTER_FORMAT == REMAINDER8
+    bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else 8
+    param = tl.load(row + PARAM)
+    master = tl.load(row + MASTER)
+    g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, MASKED, double) * factor
+    if split:
+        high = _load(_pointer(param, tl.uint16), offset, mask, MASKED)
+        low = _load(_pointer(master, tl.uint16 if bits == 16 else tl.uint8), offset, mask, MASKED)
+        if PARAM_FORMAT == BFLOAT16:
+            p = formats.join_bf16(high, low, bits)
+        else:
+            p = formats.join_fp16(high, low, bits)
+    elif MASTER_FORMAT == FLOAT32:
+        p = _load_as(master, offset, mask, FLOAT32, MASKED, double)
+    else:
+        p = _load_as(param, offset, mask, PARAM_FORMAT, MASKED, double)
+    s = ()
+    for k in tl.static_range(STATES):
+        s = s + (_load_as(tl.load(row + STATE + k), offset, mask, STATE_FORMATS[k], MASKED, double),)
+
+    p, s = RULE(p, g, s, c)
+
+    for k in tl.static_range(STATES):
+        random = formats.random_bits(seed, offset, stream, 1 + k, step) if STOCHASTIC else offset.to(tl.uint32)
+        _store_as(tl.load(row + STATE + k), offset, mask, s[k], random, STATE_FORMATS[k], STOCHASTIC, MASKED)
+    random = formats.random_bits(seed, offset, stream, 0, step) if STOCHASTIC else offset.to(tl.uint32)
+    if split:
+        rounding = random >> 24 if STOCHASTIC else 0 * random + 0x80
+        if PARAM_FORMAT == BFLOAT16:
+            high, low = formats.split_bf16(p, bits, rounding)
+        else:
+            high, low = formats.split_fp16(p, bits, rounding)
+        _store(_pointer(param, tl.uint16), offset, high, mask, MASKED)
+        _store(_pointer(master, tl.uint16 if bits == 16 else tl.uint8), offset, low, mask, MASKED)
+    elif MASTER_FORMAT == FLOAT32:
+        _store_as(master, offset, mask, p, random, FLOAT32, False, MASKED)
+        _store_as(param, offset, mask, p, random, PARAM_FORMAT, False, MASKED)
+    else:
+        _store_as(param, offset, mask, p, random, PARAM_FORMAT, STOCHASTIC, MASKED)
+
+
+@triton.jit
+def update(
+    rows, chunk_rows, chunk_starts, constants, factors, steps, skip, seed,
+    RULE: tl.constexpr, STATES: tl.constexpr, PARAM_FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
+    MASTER_FORMAT: tl.constexpr, STATE_FORMATS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one tensor per program: load, rule, store."""
+    if tl.load(skip) == 0:
+        entry = tl.load(chunk_rows + tl.program_id(0))
+        index = (entry >> 1).to(tl.int64)
+        row = rows + index * WORDS
+        c = ()
+        for k in tl.static_range(HYPERS):
+            value = tl.load(constants + index * HYPERS + k)
+            c = c + (value if PARAM_FORMAT == FLOAT64 else value.to(tl.float32),)
+        factor = tl.load(factors + index)
+        factor = factor if PARAM_FORMAT == FLOAT64 else factor.to(tl.float32)
+        step = tl.load(steps + index).to(tl.int64)
+        stream = tl.load(row + GROUP) >> 32
+        start = tl.load(chunk_starts + tl.program_id(0))
+        offset = tl.multiple_of(start, 16) + tl.arange(0, BLOCK).to(tl.int64)
+        if entry & 1:
+            _update_chunk(
+                row, offset, offset >= 0, c, factor, stream, step, seed,
+                RULE, STATES, PARAM_FORMAT, GRAD_FORMAT, MASTER_FORMAT, STATE_FORMATS, STOCHASTIC, False,
+            )  # fmt: skip
+        else:
+            _update_chunk(
+                row, offset, offset < tl.load(row + NUMEL), c, factor, stream, step, seed,
+                RULE, STATES, PARAM_FORMAT, GRAD_FORMAT, MASTER_FORMAT, STATE_FORMATS, STOCHASTIC, True,
+            )  # fmt: skip
+
+
+@triton.jit
+def _hyper(hypers, hyper_at, group, k: tl.constexpr, mask):
+    """A hyperparameter of each row: from the table, or from the device scalar that the group names."""
+    value = tl.load(hypers + group * (HYPERS + 1) + k, mask=mask, other=0.0)
+    at = tl.load(hyper_at + group * HYPERS + k, mask=mask, other=0)
+    # The lowest bit tells a float64 scalar from a float32 one: both lie at even addresses.
+    narrow = tl.load(_pointer(at & -2, tl.float32), mask=(at != 0) & (at & 1 == 0), other=0.0)
+    wide = tl.load(_pointer(at & -2, tl.float64), mask=(at & 1) != 0, other=0.0)
+    return tl.where(at == 0, value, tl.where(at & 1 != 0, wide, narrow.to(tl.float64)))
+
+
+@triton.jit
+def prologue(
+    rows, members, count, hypers, hyper_at, constants, factors, steps, skip,
+    norm_total, grad_scale, found_inf, grad_norm, skipped, unscale, grad_multiplier, max_norm,
+    CONSTANTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
+    HAS_SKIPPED: tl.constexpr, NORM_IS_MAX: tl.constexpr, SKIP_NONFINITE: tl.constexpr, CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Decides the step (``csrc/prologue.h``), counts it, and derives every row's constants."""
+    factor = tl.load(grad_multiplier)
+    if HAS_SCALE:
+        factor = factor / tl.load(grad_scale).to(tl.float64)
+    skips = 0
+    if HAS_FOUND_INF:
+        skips = (tl.load(found_inf) != 0.0).to(tl.int32)
+    if HAS_NORM:
+        tl.store(unscale, factor)
+        raw = tl.load(norm_total)
+        norm = (raw if NORM_IS_MAX else tl.sqrt(raw)) * tl.abs(factor)
+        tl.store(grad_norm, norm.to(tl.float32))
+        if SKIP_NONFINITE:
+            skips = skips | (tl.load(norm_total + 1) != 0.0).to(tl.int32)
+        if CLIP:
+            limit = tl.load(max_norm)
+            clip = limit / (norm + 1e-6)
+            factor = factor * tl.where((clip >= 1.0) | (limit == float("inf")), 1.0, clip)
+    if HAS_SKIPPED:
+        tl.store(skipped, skips.to(tl.float32))
+    tl.store(skip, skips)
+
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = slot < count
+    index = tl.load(members + slot, mask=mask, other=0)
+    row = rows + index * WORDS
+    group = tl.load(row + GROUP, mask=mask, other=0) & 0xFFFFFFFF
+    step_at = tl.load(row + STEP, mask=mask, other=0)
+    counter = _pointer(step_at, tl.float32)
+    counts = mask & (step_at != 0)
+    step = tl.load(counter, mask=counts, other=0.0) + 1.0
+    tl.store(counter, step, mask=counts & (skips == 0))
+    # A rule without a count has history: "not the first step".
+    step = tl.where(step_at != 0, step, 2.0).to(tl.float64)
+    tl.store(steps + index, step, mask=mask)
+    derived = CONSTANTS(
+        _hyper(hypers, hyper_at, group, 0, mask), _hyper(hypers, hyper_at, group, 1, mask),
+        _hyper(hypers, hyper_at, group, 2, mask), _hyper(hypers, hyper_at, group, 3, mask),
+        _hyper(hypers, hyper_at, group, 4, mask), _hyper(hypers, hyper_at, group, 5, mask),
+        _hyper(hypers, hyper_at, group, 6, mask), _hyper(hypers, hyper_at, group, 7, mask), step,
+    )  # fmt: skip
+    for k in tl.static_range(HYPERS):
+        tl.store(constants + index * HYPERS + k, derived[k], mask=mask)
+    sign = tl.load(hypers + group * (HYPERS + 1) + HYPERS, mask=mask, other=1.0)
+    tl.store(factors + index, factor * sign, mask=mask)
+
+
+@triton.jit
+def _larger(a, b):
+    """Maximum, NaN if either is."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def _reduce_values(g, MAXIMUM: tl.constexpr):
+    wide = g.to(tl.float64)
+    if MAXIMUM:
+        return tl.reduce(tl.abs(wide), 0, _larger)
+    return tl.sum(wide * wide, 0)
+
+
+@triton.jit
+def reduce(rows, chunk_rows, chunk_starts, partials, MAXIMUM: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """One read of the gradients: ``(sum of squares or largest magnitude, nonfinite elements)`` of each chunk."""
+    chunk = tl.program_id(0)
+    index = (tl.load(chunk_rows + chunk) >> 1).to(tl.int64)
+    row = rows + index * WORDS
+    offset = tl.load(chunk_starts + chunk) + tl.arange(0, BLOCK).to(tl.int64)
+    mask = offset < tl.load(row + NUMEL)
+    g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, True, GRAD_FORMAT == FLOAT64)
+    finite = tl.abs(g) < float("inf")
+    tl.store(partials + 2 * chunk, _reduce_values(g, MAXIMUM))
+    tl.store(partials + 2 * chunk + 1, tl.sum((finite == 0).to(tl.float64), 0))
+
+
+@triton.jit
+def finish(partials, first_chunk, row_values, total, count, MAXIMUM: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the chunks of every row, then the rows, in a fixed order. One program."""
+    value = tl.zeros((), tl.float64)
+    nonfinite = tl.zeros((), tl.float64)
+    lane = tl.arange(0, BLOCK)
+    for r in range(count):
+        row_value = tl.zeros((), tl.float64)
+        row_nonfinite = tl.zeros((), tl.float64)
+        begin = tl.load(first_chunk + r)
+        end = tl.load(first_chunk + r + 1)
+        for chunk in range(begin, end, BLOCK):
+            mask = chunk + lane < end
+            values = tl.load(partials + 2 * (chunk + lane), mask=mask, other=0.0)
+            row_nonfinite += tl.sum(tl.load(partials + 2 * (chunk + lane) + 1, mask=mask, other=0.0), 0)
+            if MAXIMUM:
+                row_value = _larger(tl.reduce(values, 0, _larger), row_value)
+            else:
+                row_value += tl.sum(values, 0)
+        bad = (row_nonfinite != 0.0).to(tl.float64)
+        tl.store(row_values + 2 * r, row_value)
+        tl.store(row_values + 2 * r + 1, bad)
+        value = _larger(row_value, value) if MAXIMUM else value + row_value
+        nonfinite += bad
+    tl.store(total, value)
+    tl.store(total + 1, nonfinite)
