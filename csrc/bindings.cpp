@@ -72,6 +72,8 @@ PYBIND11_MODULE(_C, m) {
       .def("refresh", &HostTable::refresh, py::arg("param_groups"), py::arg("state"))
       .def("read_hypers", &HostTable::read_hypers, py::arg("param_groups"), py::arg("rule_of_group"))
       .def("read_on_device", &HostTable::read_on_device, py::arg("type"), py::arg("index"))
+      .def("row_bytes", &HostTable::row_bytes)
+      .def("group_bytes", &HostTable::group_bytes)
       .def("active_params", &HostTable::active_params)
       .def_readonly("active_generation", &HostTable::active_generation)
       .def_readonly("generation", &HostTable::generation);

@@ -229,6 +229,14 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
   return true;
 }
 
+py::bytes HostTable::row_bytes() const {
+  return py::bytes(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(TensorRow));
+}
+
+py::bytes HostTable::group_bytes() const {
+  return py::bytes(reinterpret_cast<const char*>(groups.data()), groups.size() * sizeof(GroupRow));
+}
+
 py::list HostTable::active_params() const {
   py::list params;
   for (size_t i = 0; i < rows.size(); ++i)

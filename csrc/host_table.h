@@ -56,6 +56,9 @@ class HostTable {
   uint64_t generation = 0;         // counts changes of `rows`
   uint64_t active_generation = 0;  // counts changes of which rows have a gradient
 
+  // The rows as they lie in memory, for a backend that copies them to a device itself.
+  pybind11::bytes row_bytes() const;
+  pybind11::bytes group_bytes() const;
   // The parameters that have a gradient, in table order.
   pybind11::list active_params() const;
 

@@ -237,8 +237,15 @@ def _reduce_values(g, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
-def reduce(rows, chunk_rows, chunk_starts, partials, MAXIMUM: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK: tl.constexpr):
-    """One read of the gradients: ``(sum of squares or largest magnitude, nonfinite elements)`` of each chunk."""
+def reduce(
+    rows, chunk_rows, chunk_starts, first, partials, counter, count, total,
+    MAXIMUM: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One read of the gradients: ``(sum of squares or largest magnitude, nonfinite elements)`` of each chunk.
+
+    ``partials`` holds all ``count`` chunks of the step, of which this launch writes those from ``first`` on. The program
+    that finishes last adds them up in a fixed order, whichever it is, so the result is the same to the bit every time.
+    """
     chunk = tl.program_id(0)
     index = (tl.load(chunk_rows + chunk) >> 1).to(tl.int64)
     row = rows + index * WORDS
@@ -246,33 +253,18 @@ def reduce(rows, chunk_rows, chunk_starts, partials, MAXIMUM: tl.constexpr, GRAD
     mask = offset < tl.load(row + NUMEL)
     g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, True, GRAD_FORMAT == FLOAT64)
     finite = tl.abs(g) < float("inf")
-    tl.store(partials + 2 * chunk, _reduce_values(g, MAXIMUM))
-    tl.store(partials + 2 * chunk + 1, tl.sum((finite == 0).to(tl.float64), 0))
-
-
-@triton.jit
-def finish(partials, first_chunk, row_values, total, count, MAXIMUM: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up the chunks of every row, then the rows, in a fixed order. One program."""
-    value = tl.zeros((), tl.float64)
-    nonfinite = tl.zeros((), tl.float64)
-    lane = tl.arange(0, BLOCK)
-    for r in range(count):
-        row_value = tl.zeros((), tl.float64)
-        row_nonfinite = tl.zeros((), tl.float64)
-        begin = tl.load(first_chunk + r)
-        end = tl.load(first_chunk + r + 1)
-        for chunk in range(begin, end, BLOCK):
-            mask = chunk + lane < end
-            values = tl.load(partials + 2 * (chunk + lane), mask=mask, other=0.0)
-            row_nonfinite += tl.sum(tl.load(partials + 2 * (chunk + lane) + 1, mask=mask, other=0.0), 0)
-            if MAXIMUM:
-                row_value = _larger(tl.reduce(values, 0, _larger), row_value)
-            else:
-                row_value += tl.sum(values, 0)
-        bad = (row_nonfinite != 0.0).to(tl.float64)
-        tl.store(row_values + 2 * r, row_value)
-        tl.store(row_values + 2 * r + 1, bad)
-        value = _larger(row_value, value) if MAXIMUM else value + row_value
-        nonfinite += bad
-    tl.store(total, value)
-    tl.store(total + 1, nonfinite)
+    tl.store(partials + 2 * (first + chunk), _reduce_values(g, MAXIMUM))
+    tl.store(partials + 2 * (first + chunk) + 1, tl.sum((finite == 0).to(tl.float64), 0))
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+        lane = tl.arange(0, LANES)
+        value = tl.zeros((LANES,), tl.float64)
+        nonfinite = tl.zeros((LANES,), tl.float64)
+        for begin in range(0, count, LANES):
+            inside = begin + lane < count
+            part = tl.load(partials + 2 * (begin + lane), mask=inside, other=0.0, volatile=True)
+            nonfinite += tl.load(partials + 2 * (begin + lane) + 1, mask=inside, other=0.0, volatile=True)
+            value = _larger(part, value) if MAXIMUM else value + part
+        tl.store(total, tl.reduce(value, 0, _larger) if MAXIMUM else tl.sum(value, 0))
+        tl.store(total + 1, tl.sum(nonfinite, 0))
+        tl.store(counter, 0)  # ready for the next step

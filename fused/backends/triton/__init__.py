@@ -1,0 +1,238 @@
+"""The Triton kernels: the whole step in a fixed number of launches, on any GPU that Triton serves, without a compiler.
+
+Launches per step: a prologue per distinct rule and an update per distinct combination of rule and formats; before them, with
+clipping or ``skip_nonfinite``, one read of the gradients per gradient dtype. A model of one dtype takes 2, with clipping 3,
+whatever the number of its tensors and groups. Tables travel to the device only where something in them changed; nothing is
+allocated, read back or waited for once they stand, so a step can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import Control
+from ...precision import Format
+from ...rules import RULES
+from ..table import TableBatch
+from . import kernels
+from .rules import RULES as FUNCTIONS
+
+if TYPE_CHECKING:
+    from ...optimizer import FusedOptimizer
+
+_log = logging.getLogger("fused")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CHUNK = 1024
+"""Elements per program: four 128-bit accesses per thread and operand with float32."""
+NUM_WARPS = 4
+_RULE_NAMES = list(RULES)
+_HYPERS = 8
+_ALIGNMENT = 16
+# Byte offsets within a row, after its 64-bit words: see TensorRow in csrc/table.h.
+_BYTES = 14 * 8
+_announced = False
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What an update launch is compiled for."""
+
+    rule: str
+    stochastic: bool
+    param: int
+    grad: int
+    master: int
+    states: tuple[int, ...]
+
+
+@dataclass
+class Launch:
+    """The chunks of all tensors of one combination of rule and formats."""
+
+    formats: Formats
+    rows: Tensor
+    starts: Tensor
+
+
+class Batch(TableBatch):
+    """Parameters on one GPU."""
+
+    def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
+        super().__init__(optimizer, device, indices)
+        count, groups = len(self.members), len(optimizer.param_groups)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.generation = -1
+        self.rows = zeros(count, kernels.ROW_WORDS, dtype=torch.int64)
+        self.hypers = zeros(groups, _HYPERS + 1)
+        self.hyper_at = zeros(groups, _HYPERS, dtype=torch.int64)
+        self.live_hypers: list[Any] = []
+        self.constants, self.factors, self.steps = zeros(count, _HYPERS), zeros(count), zeros(count)
+        self.skip = zeros(1, dtype=torch.int32)
+        self.counter = zeros(1, dtype=torch.int32)
+        self.total, self.scalars = zeros(2), zeros(3)
+        self.live_scalars: tuple[float, float] | None = None
+        self.scratch = zeros(2, dtype=torch.float32)
+        self.partials = zeros(0)
+        self.launches: list[Launch] = []
+        self.rules: list[Any]
+        self.members_of_rule: dict[str, Tensor] = {}
+
+    # ---- tables ----
+
+    def refresh(self) -> bool:
+        """Brings the tables up to date, the device's too; see :class:`fused.plan.Batch`."""
+        if not super().refresh():
+            return False
+        if self.table.generation != self.generation:
+            self.generation = self.table.generation
+            self._upload_rows()
+        self._upload_hypers()
+        return True
+
+    def _to_device(self, target: Tensor, values: Tensor) -> None:
+        """Copies without waiting. The pinned copy is a new one each time: a captured graph reads it again on every replay."""
+        if target.is_cuda:
+            values = values.pin_memory()
+            self.optimizer.__dict__.setdefault("_pinned", []).append(values)
+            if not torch.cuda.is_current_stream_capturing():
+                # torch's pinned allocator keeps a block until the copy from it has run
+                self.optimizer.__dict__["_pinned"].pop()
+        target.copy_(values.view(target.shape), non_blocking=True)
+
+    def _upload_rows(self) -> None:
+        raw = bytearray(self.table.row_bytes())
+        words = torch.frombuffer(raw, dtype=torch.int64).view(len(self.members), kernels.ROW_WORDS)
+        tags = torch.frombuffer(raw, dtype=torch.uint8).view(len(self.members), kernels.ROW_WORDS * 8)[:, _BYTES:].tolist()
+        self._to_device(self.rows, words)
+        classes: dict[Formats, list[int]] = {}
+        active = (words[:, 1] != 0).tolist()
+        for index, (rule, stochastic, param, grad, master, *states) in enumerate(tags):
+            if active[index] and index in self.mine:
+                name = _RULE_NAMES[rule]
+                key = Formats(name, bool(stochastic), param, grad, master, tuple(states[: len(RULES[name].states)]))
+                classes.setdefault(key, []).append(index)
+        self.launches = [self._launch(formats, words, indices) for formats, indices in classes.items()]
+        by_rule: dict[str, list[int]] = {}
+        for formats, indices in classes.items():
+            by_rule.setdefault(formats.rule, []).extend(indices)
+        self.members_of_rule = {
+            name: torch.tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True)
+            for name, indices in by_rule.items()
+        }
+        chunks = sum(launch.rows.numel() for launch in self.launches)
+        if self.partials.numel() < 2 * chunks:
+            self.partials = torch.zeros(2 * chunks, dtype=torch.float64, device=self.device)
+
+    def _launch(self, formats: Formats, words: Tensor, indices: list[int]) -> Launch:
+        members = torch.tensor(indices, dtype=torch.int64)
+        numel = words[members, 12]
+        counts = (numel + CHUNK - 1) // CHUNK
+        owner = torch.repeat_interleave(torch.arange(len(indices)), counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        starts = (torch.arange(int(counts.sum())) - first) * CHUNK
+        addresses = words[members][:, :7]
+        aligned = (addresses % _ALIGNMENT == 0).all(1)
+        full = aligned[owner] & (starts + CHUNK <= numel[owner])
+        rows = members[owner] * 2 + full
+        return Launch(formats, rows.to(self.device, non_blocking=True), starts.to(self.device, non_blocking=True))
+
+    def _upload_hypers(self) -> None:
+        """Hyperparameters that are numbers travel where they changed; those that are tensors here are read by address."""
+        values: list[list[float]] = []
+        addresses: list[list[int]] = []
+        for group, rule in zip(self.optimizer.param_groups, self.rules, strict=True):
+            numbers, places = [0.0] * (_HYPERS + 1), [0] * _HYPERS
+            for k, (key, item) in enumerate(rule.hypers):
+                value = group[key] if item < 0 else group[key][item]
+                if isinstance(value, Tensor) and value.device == self.device and value.device.type != "cpu":
+                    places[k] = value.data_ptr() | (value.dtype == torch.float64)
+                else:
+                    numbers[k] = float(value)
+            numbers[_HYPERS] = -1.0 if group.get("maximize") else 1.0
+            values.append(numbers)
+            addresses.append(places)
+        if [values, addresses] != self.live_hypers:
+            self.live_hypers = [values, addresses]
+            self._to_device(self.hypers, torch.tensor(values, dtype=torch.float64))
+            self._to_device(self.hyper_at, torch.tensor(addresses, dtype=torch.int64))
+
+    # ---- the step ----
+
+    def reduce(self, norm_type: float) -> Tensor:
+        """One read of the gradients; see :class:`fused.plan.Batch`."""
+        maximum, first = norm_type == float("inf"), 0
+        count = sum(launch.rows.numel() for launch in self.launches)
+        if count == 0:
+            return self.total.zero_()
+        for launch in self.launches:
+            chunks = launch.rows.numel()
+            if chunks:
+                kernels.reduce[(chunks,)](
+                    self.rows, launch.rows, launch.starts, first, self.partials, self.counter, count, self.total,
+                    MAXIMUM=maximum, GRAD_FORMAT=launch.formats.grad, BLOCK=CHUNK, LANES=1024, num_warps=NUM_WARPS,
+                )  # fmt: skip
+            first += chunks
+        return self.total
+
+    def update(self, control: Control) -> None:
+        """The optimizer step; see :class:`fused.plan.Batch`."""
+        _announce()
+        self._upload_scalars(control)
+        for name in self.members_of_rule:
+            self._prologue(name, control)
+        for launch in self.launches:
+            if launch.rows.numel():
+                self._update(launch, control.seed)
+        self._finish()
+
+    def _upload_scalars(self, control: Control) -> None:
+        scalars = (control.grad_multiplier, -1.0 if control.max_norm is None else control.max_norm)
+        if scalars != self.live_scalars:
+            self.live_scalars = scalars
+            self._to_device(self.scalars[:2], torch.tensor(scalars, dtype=torch.float64))
+
+    def _prologue(self, name: str, control: Control) -> None:
+        members = self.members_of_rule[name]
+        unused = self.scratch
+        kernels.prologue[(triton.cdiv(members.numel(), 128),)](
+            self.rows, members, members.numel(), self.hypers, self.hyper_at, self.constants, self.factors, self.steps,
+            self.skip, *(unused if tensor is None else tensor for tensor in (
+                control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped)),
+            self.scalars[2:], self.scalars[:1], self.scalars[1:2],
+            CONSTANTS=FUNCTIONS[name][0], HAS_NORM=control.norm_total is not None,
+            HAS_SCALE=control.grad_scale is not None, HAS_FOUND_INF=control.found_inf is not None,
+            HAS_SKIPPED=control.skipped is not None, NORM_IS_MAX=control.norm_type == float("inf"),
+            SKIP_NONFINITE=control.skip_nonfinite, CLIP=control.max_norm is not None, BLOCK=128,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _update(self, launch: Launch, seed: int) -> None:
+        formats = launch.formats
+        kernels.update[(launch.rows.numel(),)](
+            self.rows, launch.rows, launch.starts, self.constants, self.factors, self.steps, self.skip,
+            seed if seed < 1 << 63 else seed - (1 << 64),
+            RULE=FUNCTIONS[formats.rule][1], STATES=len(formats.states), PARAM_FORMAT=formats.param,
+            GRAD_FORMAT=formats.grad, MASTER_FORMAT=formats.master, STATE_FORMATS=formats.states,
+            STOCHASTIC=formats.stochastic, BLOCK=CHUNK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _announce() -> None:
+    global _announced
+    if not _announced and not INTERPRETED:
+        _announced = True
+        _log.info("compiling Triton kernels for the first step (cached on disk for the next run)")
+
+
+__all__ = ["CHUNK", "NUM_WARPS", "Batch", "Format", "Formats", "Launch"]
