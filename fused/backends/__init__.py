@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -43,7 +44,16 @@ def _cuda_problem(device: torch.device | None) -> str:
 
 
 def _triton_problem(_: torch.device | None) -> str:
-    return "the Triton kernels are not part of this version"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if extension is None:
+        return f"it needs the tables of the compiled extension, which does not import: {EXTENSION_ERROR}"
+    return "" if triton_interpreted() or torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's interpreter plays the kernels on the CPU, as tests have it."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cpu_problem(_: torch.device | None) -> str:
@@ -62,7 +72,7 @@ _PROBLEMS: dict[str, Callable[[torch.device | None], str]] = {
 }
 """Says why a backend cannot be used, on a device where one is given; nothing if it can."""
 
-_SERVES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_SERVES = {"cpu": ("cpu", "triton") if triton_interpreted() else ("cpu",), "cuda": ("cuda", "triton")}
 """Backends for tensors on a type of device, best first; any other is served by the reference."""
 
 
