@@ -87,10 +87,12 @@ def split_bf16(master, BITS: tl.constexpr, rounding):
     """(parameter, remainder) patterns; ``rounding`` is added before the low 8 bits of an 8-bit remainder are dropped."""
     u = _bits(master)
     u = tl.where((u & MAGNITUDE) > INFINITY, 0x7FC00000, u)
-    if BITS == 16:
-        return ((u + 0x8000) >> 16).to(tl.uint16), u.to(tl.uint16)
-    kept = tl.where((u & MAGNITUDE) >= INFINITY, u, (u + rounding) & 0xFFFFFF00)
-    return ((kept + 0x8000) >> 16).to(tl.uint16), (kept >> 8).to(tl.uint8)
+    if BITS == 8:
+        u = tl.where((u & MAGNITUDE) >= INFINITY, u, (u + rounding) & 0xFFFFFF00)
+        low = (u >> 8).to(tl.uint8)
+    else:
+        low = u.to(tl.uint16)
+    return ((u + 0x8000) >> 16).to(tl.uint16), low
 
 
 @triton.jit
@@ -123,8 +125,10 @@ def split_fp16(master, BITS: tl.constexpr, rounding):
     if BITS == 8:
         shift = tl.where(denormal, 8, 5)
         distance = (distance + (rounding.to(tl.int32) >> (8 - shift))) >> shift
-        return half, tl.minimum(tl.maximum(distance, -128), 127).to(tl.uint8)
-    return half, tl.minimum(tl.maximum(distance, -32768), 32767).to(tl.uint16)
+        low = tl.minimum(tl.maximum(distance, -128), 127).to(tl.uint8)
+    else:
+        low = tl.minimum(tl.maximum(distance, -32768), 32767).to(tl.uint16)
+    return half, low
 
 
 @triton.jit

@@ -29,25 +29,27 @@ def _pointer(address, dtype: tl.constexpr):
 def _load_as(address, offset, mask, FORMAT: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr):
     """Elements of a stored tensor in the arithmetic's type."""
     if FORMAT == FLOAT32:
-        x = _load(_pointer(address, tl.float32), offset, mask, MASKED)
+        x = _load(address, tl.float32, offset, mask, MASKED)
     elif FORMAT == FLOAT64:
-        x = _load(_pointer(address, tl.float64), offset, mask, MASKED)
+        x = _load(address, tl.float64, offset, mask, MASKED)
     elif FORMAT == BFLOAT16:
-        x = formats.bf16_to_float(_load(_pointer(address, tl.uint16), offset, mask, MASKED))
+        x = formats.bf16_to_float(_load(address, tl.uint16, offset, mask, MASKED))
     else:
-        x = formats.fp16_to_float(_load(_pointer(address, tl.uint16), offset, mask, MASKED))
+        x = formats.fp16_to_float(_load(address, tl.uint16, offset, mask, MASKED))
     return x.to(tl.float64) if DOUBLE else x.to(tl.float32)
 
 
 @triton.jit
-def _load(pointer, offset, mask, MASKED: tl.constexpr):
+def _load(address, dtype: tl.constexpr, offset, mask, MASKED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
     if MASKED:
         return tl.load(pointer + offset, mask=mask, other=0)
     return tl.load(tl.multiple_of(pointer, 16) + offset)
 
 
 @triton.jit
-def _store(pointer, offset, value, mask, MASKED: tl.constexpr):
+def _store(address, dtype: tl.constexpr, offset, value, mask, MASKED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
     if MASKED:
         tl.store(pointer + offset, value, mask=mask)
     else:
@@ -59,20 +61,15 @@ def _store_as(
     address, offset, mask, x, random, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr
 ):
     if FORMAT == FLOAT32:
-        _store(_pointer(address, tl.float32), offset, x, mask, MASKED)
+        _store(address, tl.float32, offset, x, mask, MASKED)
     elif FORMAT == FLOAT64:
-        _store(_pointer(address, tl.float64), offset, x, mask, MASKED)
+        _store(address, tl.float64, offset, x, mask, MASKED)
     elif FORMAT == BFLOAT16:
         bits = formats.float_to_bf16_stochastic(x, random) if STOCHASTIC else formats.float_to_bf16(x)
-        _store(_pointer(address, tl.uint16), offset, bits, mask, MASKED)
+        _store(address, tl.uint16, offset, bits, mask, MASKED)
     else:
         bits = formats.float_to_fp16_stochastic(x, random) if STOCHASTIC else formats.float_to_fp16(x)
-        _store(_pointer(address, tl.uint16), offset, bits, mask, MASKED)
-
-
-@triton.jit
-def _low_dtype(MASTER_FORMAT: tl.constexpr):
-    return tl.uint16 if MASTER_FORMAT == REMAINDER16 else tl.uint8
+        _store(address, tl.uint16, offset, bits, mask, MASKED)
 
 
 @triton.jit
@@ -88,8 +85,8 @@ def _update_chunk(
     master = tl.load(row + MASTER)
     g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, MASKED, double) * factor
     if split:
-        high = _load(_pointer(param, tl.uint16), offset, mask, MASKED)
-        low = _load(_pointer(master, tl.uint16 if bits == 16 else tl.uint8), offset, mask, MASKED)
+        high = _load(param, tl.uint16, offset, mask, MASKED)
+        low = _load(master, tl.uint16 if bits == 16 else tl.uint8, offset, mask, MASKED)
         if PARAM_FORMAT == BFLOAT16:
             p = formats.join_bf16(high, low, bits)
         else:
@@ -114,8 +111,8 @@ def _update_chunk(
             high, low = formats.split_bf16(p, bits, rounding)
         else:
             high, low = formats.split_fp16(p, bits, rounding)
-        _store(_pointer(param, tl.uint16), offset, high, mask, MASKED)
-        _store(_pointer(master, tl.uint16 if bits == 16 else tl.uint8), offset, low, mask, MASKED)
+        _store(param, tl.uint16, offset, high, mask, MASKED)
+        _store(master, tl.uint16 if bits == 16 else tl.uint8, offset, low, mask, MASKED)
     elif MASTER_FORMAT == FLOAT32:
         _store_as(master, offset, mask, p, random, FLOAT32, False, MASKED)
         _store_as(param, offset, mask, p, random, PARAM_FORMAT, False, MASKED)

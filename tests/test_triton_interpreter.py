@@ -1,0 +1,28 @@
+"""The Triton kernels without a GPU: the same cases as every backend, played by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fused import backends
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed"),
+    pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not there"),
+]
+
+
+def test_kernels_in_the_interpreter():
+    """In a process of its own: TRITON_INTERPRET must be set before the kernels are defined."""
+    tests = Path(__file__).with_name("triton_interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(tests)]
+    result = subprocess.run(command, cwd=tests.parent.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout, result.stdout[-2000:]

@@ -1,0 +1,136 @@
+"""What ``test_triton_interpreter.py`` runs in a process of its own: the Triton kernels, played by Triton's interpreter.
+
+Not collected by itself: the variable TRITON_INTERPRET has to be set before any kernel is defined.
+"""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import CASES
+
+import fused
+
+CPU = torch.device("cpu")
+SIZES = [(0,), (1,), (7,), (63,), (3, 341), (5000,)]
+ROWS = [pytest.param(case, variant, id=f"{case.name}-{variant.name}") for case in CASES for variant in case.variants]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("case", "variant"), ROWS)
+def test_float32(case, variant):
+    params = oracle.make_params(SIZES, torch.float32, CPU)
+    oracle.run(case, variant, case.make(params, variant, backend="triton"), params, steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_dtypes(case, dtype):
+    variant = case.variants[0]
+    params = oracle.make_params([(33,), (1030,)], dtype, CPU)
+    oracle.run(case, variant, case.make(params, variant, backend="triton"), params, steps=2)
+
+
+def _both(dtype, gradient_dtype=None, steps=2, sizes=(1, 7, 1500), **options):
+    """Lion with Triton and with the C++ kernels: it rounds no intermediate result that a fused multiply-add would not."""
+    results = []
+    for backend in ("cpu", "triton"):
+        torch.manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+        optimizer = fused.Lion(params, lr=1e-2, weight_decay=0.1, backend=backend, **options)
+        for _ in range(steps):
+            for p in params:
+                p.grad_dtype = None
+                p.grad = torch.randn(p.shape).to(gradient_dtype or dtype)
+            optimizer.step()
+        state = [value for p in params for value in optimizer.state[p].values()]
+        results.append([p.detach() for p in params] + state)
+    return zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("master_weights", [None, "fp32", "split", "split8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_storage_is_the_cpu_kernels_to_the_bit(dtype, master_weights, stochastic):
+    options = {"master_weights": master_weights, "stochastic_rounding": stochastic, "seed": (1 << 63) + 5}
+    for expected, actual in _both(dtype, state_dtype="bfloat16", **options):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_another_dtype(dtype):
+    for expected, actual in _both(torch.float32, gradient_dtype=dtype):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping(norm_type):
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 2500)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        p.grad = torch.randn_like(p)
+        twin.grad = p.grad.clone()
+    empty = torch.nn.Parameter(torch.empty(0))
+    empty.grad = torch.empty(0)
+    optimizer = fused.SGD([empty, *params], lr=1.0, max_grad_norm=0.5, norm_type=norm_type, backend="triton")
+    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(twins, 0.5, norm_type)
+    torch.optim.SGD(twins, lr=1.0).step()
+    torch.testing.assert_close(optimizer.grad_norm, norm.detach())
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
+
+
+def test_skipped_step_changes_nothing():
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 2500)]
+    optimizer = fused.AdamW(params, skip_nonfinite=True, backend="triton")
+    for bad in (False, True):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if bad:
+            params[1].grad[2400] = float("nan")
+            before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        optimizer.step()
+        assert optimizer.found_inf == float(bad)
+    after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    params[1].grad[2400] = 0.0
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2.0
+
+
+def test_groups_and_missing_gradients():
+    results = []
+    for backend in ("cpu", "triton"):
+        torch.manual_seed(2)
+        params = [torch.nn.Parameter(torch.randn(40)) for _ in range(4)]
+        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.3, "maximize": True}]
+        optimizer = fused.Lion(groups, lr=0.01, backend=backend)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(40) if (i + step) % 3 else None
+            optimizer.param_groups[1]["lr"] = 0.02 * (step + 1)
+            optimizer.step()
+        results.append(params)
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_odd_layouts():
+    results = []
+    for backend in ("cpu", "triton"):
+        torch.manual_seed(3)
+        base = torch.randn(40, 60)
+        params = [torch.nn.Parameter(base[:, 1::2]), torch.nn.Parameter(torch.randn(1100)[1:]), torch.nn.Parameter(base.t())]
+        optimizer = fused.Lion(params, lr=0.1, backend=backend)
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
