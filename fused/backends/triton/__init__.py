@@ -1,9 +1,9 @@
 """The Triton kernels: the whole step in a fixed number of launches, on any GPU that Triton serves, without a compiler.
 
-Launches per step: a prologue per distinct rule and an update per distinct combination of rule and formats; before them, with
-clipping or ``skip_nonfinite``, one read of the gradients per gradient dtype. A model of one dtype takes 2, with clipping 3,
-whatever the number of its tensors and groups. Tables travel to the device only where something in them changed; nothing is
-allocated, read back or waited for once they stand, so a step can be captured into a CUDA graph.
+Launches per step: a prologue per distinct rule and an update per distinct combination of rule and formats; before them,
+with clipping or ``skip_nonfinite``, as many reads of the gradients. A model of one dtype takes 2, with clipping 3,
+whatever the number of its tensors and groups. Tables travel to the device only where something in them changed; nothing
+is allocated, read back or waited for once they stand, so a step can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ...plan import Control
-from ...precision import Format
+from ...precision import Format, Storage
 from ...rules import RULES
 from ..table import TableBatch
 from . import kernels
@@ -79,8 +79,9 @@ class Batch(TableBatch):
         self.live_hypers: list[Any] = []
         self.constants, self.factors, self.steps = zeros(count, _HYPERS), zeros(count), zeros(count)
         self.skip = zeros(1, dtype=torch.int32)
-        self.counter = zeros(1, dtype=torch.int32)
-        self.total, self.scalars = zeros(2), zeros(3)
+        self.counters = zeros(count + 1, dtype=torch.int32)
+        self.live_rows = 0
+        self.total, self.scalars = zeros(2), zeros(2)
         self.live_scalars: tuple[float, float] | None = None
         self.scratch = zeros(2, dtype=torch.float32)
         self.partials = zeros(0)
@@ -89,6 +90,14 @@ class Batch(TableBatch):
         self.members_of_rule: dict[str, Tensor] = {}
 
     # ---- tables ----
+
+    def _check(self, index: int) -> None:
+        super()._check(index)
+        if Storage.of(self.optimizer.param_groups[self.members[index][0]]).state_dtype == "int8":
+            raise RuntimeError(
+                f"the Triton kernels have no 8-bit states, but state_dtype='int8' is set for {self._name(index)}: "
+                "use state_dtype=torch.bfloat16, or backend='reference'"
+            )
 
     def refresh(self) -> bool:
         """Brings the tables up to date, the device's too; see :class:`fused.plan.Batch`."""
@@ -101,7 +110,7 @@ class Batch(TableBatch):
         return True
 
     def _to_device(self, target: Tensor, values: Tensor) -> None:
-        """Copies without waiting. The pinned copy is a new one each time: a captured graph reads it again on every replay."""
+        """Copies without waiting, from a new pinned copy each time: a captured graph reads it on every replay."""
         if target.is_cuda:
             values = values.pin_memory()
             self.optimizer.__dict__.setdefault("_pinned", []).append(values)
@@ -112,9 +121,11 @@ class Batch(TableBatch):
 
     def _upload_rows(self) -> None:
         raw = bytearray(self.table.row_bytes())
-        words = torch.frombuffer(raw, dtype=torch.int64).view(len(self.members), kernels.ROW_WORDS)
-        tags = torch.frombuffer(raw, dtype=torch.uint8).view(len(self.members), kernels.ROW_WORDS * 8)[:, _BYTES:].tolist()
+        count = len(self.members)
+        words = torch.frombuffer(raw, dtype=torch.int64).view(count, kernels.ROW_WORDS)
+        tags = torch.frombuffer(raw, dtype=torch.uint8).view(count, kernels.ROW_WORDS * 8)[:, _BYTES:].tolist()
         self._to_device(self.rows, words)
+        self.row_values.zero_()  # of a row that lost its gradient nothing may stay
         classes: dict[Formats, list[int]] = {}
         active = (words[:, 1] != 0).tolist()
         for index, (rule, stochastic, param, grad, master, *states) in enumerate(tags):
@@ -131,6 +142,7 @@ class Batch(TableBatch):
             for name, indices in by_rule.items()
         }
         chunks = sum(launch.rows.numel() for launch in self.launches)
+        self.live_rows = sum(int(words[index, 12]) > 0 for indices in classes.values() for index in indices)
         if self.partials.numel() < 2 * chunks:
             self.partials = torch.zeros(2 * chunks, dtype=torch.float64, device=self.device)
 
@@ -148,7 +160,7 @@ class Batch(TableBatch):
         return Launch(formats, rows.to(self.device, non_blocking=True), starts.to(self.device, non_blocking=True))
 
     def _upload_hypers(self) -> None:
-        """Hyperparameters that are numbers travel where they changed; those that are tensors here are read by address."""
+        """Hyperparameters that are numbers travel where they changed; tensors on this device are read by address."""
         values: list[list[float]] = []
         addresses: list[list[int]] = []
         for group, rule in zip(self.optimizer.param_groups, self.rules, strict=True):
@@ -171,16 +183,16 @@ class Batch(TableBatch):
 
     def reduce(self, norm_type: float) -> Tensor:
         """One read of the gradients; see :class:`fused.plan.Batch`."""
-        maximum, first = norm_type == float("inf"), 0
-        count = sum(launch.rows.numel() for launch in self.launches)
-        if count == 0:
+        if self.live_rows == 0:
             return self.total.zero_()
+        first = 0
         for launch in self.launches:
             chunks = launch.rows.numel()
             if chunks:
                 kernels.reduce[(chunks,)](
-                    self.rows, launch.rows, launch.starts, first, self.partials, self.counter, count, self.total,
-                    MAXIMUM=maximum, GRAD_FORMAT=launch.formats.grad, BLOCK=CHUNK, LANES=1024, num_warps=NUM_WARPS,
+                    self.rows, launch.rows, launch.starts, first, self.partials, self.row_values, len(self.members),
+                    self.counters, self.live_rows, self.total, MAXIMUM=norm_type == float("inf"),
+                    GRAD_FORMAT=launch.formats.grad, BLOCK=CHUNK, LANES=1024, num_warps=NUM_WARPS,
                 )  # fmt: skip
             first += chunks
         return self.total
@@ -200,7 +212,7 @@ class Batch(TableBatch):
         scalars = (control.grad_multiplier, -1.0 if control.max_norm is None else control.max_norm)
         if scalars != self.live_scalars:
             self.live_scalars = scalars
-            self._to_device(self.scalars[:2], torch.tensor(scalars, dtype=torch.float64))
+            self._to_device(self.scalars, torch.tensor(scalars, dtype=torch.float64))
 
     def _prologue(self, name: str, control: Control) -> None:
         members = self.members_of_rule[name]
@@ -208,11 +220,13 @@ class Batch(TableBatch):
         kernels.prologue[(triton.cdiv(members.numel(), 128),)](
             self.rows, members, members.numel(), self.hypers, self.hyper_at, self.constants, self.factors, self.steps,
             self.skip, *(unused if tensor is None else tensor for tensor in (
-                control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped)),
-            self.scalars[2:], self.scalars[:1], self.scalars[1:2],
+                control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped,
+                control.unscale)),
+            self.scalars[:1], self.scalars[1:],
             CONSTANTS=FUNCTIONS[name][0], HAS_NORM=control.norm_total is not None,
             HAS_SCALE=control.grad_scale is not None, HAS_FOUND_INF=control.found_inf is not None,
-            HAS_SKIPPED=control.skipped is not None, NORM_IS_MAX=control.norm_type == float("inf"),
+            HAS_GRAD_NORM=control.grad_norm is not None, HAS_SKIPPED=control.skipped is not None,
+            HAS_UNSCALE=control.unscale is not None, NORM_IS_MAX=control.norm_type == float("inf"),
             SKIP_NONFINITE=control.skip_nonfinite, CLIP=control.max_norm is not None, BLOCK=128,
             num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

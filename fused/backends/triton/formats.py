@@ -84,7 +84,7 @@ def float_to_fp16_stochastic(x, random):
 
 @triton.jit
 def split_bf16(master, BITS: tl.constexpr, rounding):
-    """(parameter, remainder) patterns; ``rounding`` is added before the low 8 bits of an 8-bit remainder are dropped."""
+    """(parameter, remainder) patterns; ``rounding`` is added before an 8-bit remainder loses the low 8 bits."""
     u = _bits(master)
     u = tl.where((u & MAGNITUDE) > INFINITY, 0x7FC00000, u)
     if BITS == 8:

@@ -79,8 +79,8 @@ def _update_chunk(
     MASTER_FORMAT: tl.constexpr, STATE_FORMATS: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     double: tl.constexpr = PARAM_FORMAT == FLOAT64
-    split: tl.constexpr = MASTER_FORMAT == REMAINDER16 or MASTER_FORMAT == REMAINDER8
-    bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else 8
+    bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else (8 if MASTER_FORMAT == REMAINDER8 else 0)
+    split: tl.constexpr = bits != 0
     param = tl.load(row + PARAM)
     master = tl.load(row + MASTER)
     g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, MASKED, double) * factor
@@ -169,8 +169,8 @@ def prologue(
     rows, members, count, hypers, hyper_at, constants, factors, steps, skip,
     norm_total, grad_scale, found_inf, grad_norm, skipped, unscale, grad_multiplier, max_norm,
     CONSTANTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
-    HAS_SKIPPED: tl.constexpr, NORM_IS_MAX: tl.constexpr, SKIP_NONFINITE: tl.constexpr, CLIP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_GRAD_NORM: tl.constexpr, HAS_SKIPPED: tl.constexpr, HAS_UNSCALE: tl.constexpr, NORM_IS_MAX: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decides the step (``csrc/prologue.h``), counts it, and derives every row's constants."""
     factor = tl.load(grad_multiplier)
@@ -179,11 +179,13 @@ def prologue(
     skips = 0
     if HAS_FOUND_INF:
         skips = (tl.load(found_inf) != 0.0).to(tl.int32)
-    if HAS_NORM:
+    if HAS_UNSCALE:
         tl.store(unscale, factor)
+    if HAS_NORM:
         raw = tl.load(norm_total)
         norm = (raw if NORM_IS_MAX else tl.sqrt(raw)) * tl.abs(factor)
-        tl.store(grad_norm, norm.to(tl.float32))
+        if HAS_GRAD_NORM:
+            tl.store(grad_norm, norm.to(tl.float32))
         if SKIP_NONFINITE:
             skips = skips | (tl.load(norm_total + 1) != 0.0).to(tl.int32)
         if CLIP:
@@ -234,34 +236,53 @@ def _reduce_values(g, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
+def _sum_rows(values, first, count, LANES: tl.constexpr, MAXIMUM: tl.constexpr):
+    """Pairs from ``first`` on in one, in an order that depends on their number only."""
+    lane = tl.arange(0, LANES).to(tl.int64)
+    value = tl.zeros((LANES,), tl.float64)
+    nonfinite = tl.zeros((LANES,), tl.float64)
+    for begin in range(0, count, LANES):
+        at = values + 2 * (first + begin + lane)
+        inside = begin + lane < count
+        # volatile: other programs wrote them, past this one's cache
+        part = tl.load(at, mask=inside, other=0.0, volatile=True)
+        nonfinite += tl.load(at + 1, mask=inside, other=0.0, volatile=True)
+        value = _larger(part, value) if MAXIMUM else value + part
+    return tl.reduce(value, 0, _larger) if MAXIMUM else tl.sum(value, 0), tl.sum(nonfinite, 0)
+
+
+@triton.jit
 def reduce(
-    rows, chunk_rows, chunk_starts, first, partials, counter, count, total,
+    rows, chunk_rows, chunk_starts, first, partials, row_values, row_count, counters, live_rows, total,
     MAXIMUM: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One read of the gradients: ``(sum of squares or largest magnitude, nonfinite elements)`` of each chunk.
+    """One read of the gradients: ``(sum of squares or largest magnitude, whether not finite)`` of chunks, rows and all.
 
-    ``partials`` holds all ``count`` chunks of the step, of which this launch writes those from ``first`` on. The program
-    that finishes last adds them up in a fixed order, whichever it is, so the result is the same to the bit every time.
+    ``partials`` holds all chunks of the step, of which this launch writes those from ``first`` on. The program that
+    finishes a row last adds up its chunks, and the one that finishes the last of ``live_rows`` rows adds up the rows,
+    in a fixed order whichever it is: the result is the same to the bit every time. Other rows are zero.
     """
     chunk = tl.program_id(0)
     index = (tl.load(chunk_rows + chunk) >> 1).to(tl.int64)
     row = rows + index * WORDS
-    offset = tl.load(chunk_starts + chunk) + tl.arange(0, BLOCK).to(tl.int64)
-    mask = offset < tl.load(row + NUMEL)
-    g = _load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, True, GRAD_FORMAT == FLOAT64)
+    start = tl.load(chunk_starts + chunk)
+    numel = tl.load(row + NUMEL)
+    offset = start + tl.arange(0, BLOCK).to(tl.int64)
+    g = _load_as(tl.load(row + GRAD), offset, offset < numel, GRAD_FORMAT, True, GRAD_FORMAT == FLOAT64)
     finite = tl.abs(g) < float("inf")
-    tl.store(partials + 2 * (first + chunk), _reduce_values(g, MAXIMUM))
-    tl.store(partials + 2 * (first + chunk) + 1, tl.sum((finite == 0).to(tl.float64), 0))
+    here = (first + chunk).to(tl.int64)
+    tl.store(partials + 2 * here, _reduce_values(g, MAXIMUM))
+    tl.store(partials + 2 * here + 1, tl.sum((finite == 0).to(tl.float64), 0))
     tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-        lane = tl.arange(0, LANES)
-        value = tl.zeros((LANES,), tl.float64)
-        nonfinite = tl.zeros((LANES,), tl.float64)
-        for begin in range(0, count, LANES):
-            inside = begin + lane < count
-            part = tl.load(partials + 2 * (begin + lane), mask=inside, other=0.0, volatile=True)
-            nonfinite += tl.load(partials + 2 * (begin + lane) + 1, mask=inside, other=0.0, volatile=True)
-            value = _larger(part, value) if MAXIMUM else value + part
-        tl.store(total, tl.reduce(value, 0, _larger) if MAXIMUM else tl.sum(value, 0))
-        tl.store(total + 1, tl.sum(nonfinite, 0))
-        tl.store(counter, 0)  # ready for the next step
+    chunks = (numel + BLOCK - 1) // BLOCK
+    if tl.atomic_add(counters + index, 1, sem="acq_rel") == chunks - 1:
+        tl.store(counters + index, 0)  # ready for the next step
+        value, nonfinite = _sum_rows(partials, here - start // BLOCK, chunks, LANES, MAXIMUM)
+        tl.store(row_values + 2 * index, value)
+        tl.store(row_values + 2 * index + 1, (nonfinite != 0.0).to(tl.float64))
+        tl.debug_barrier()
+        if tl.atomic_add(counters + row_count, 1, sem="acq_rel") == live_rows - 1:
+            tl.store(counters + row_count, 0)
+            value, nonfinite = _sum_rows(row_values, 0, row_count, LANES, MAXIMUM)
+            tl.store(total, value)
+            tl.store(total + 1, nonfinite)

@@ -1,8 +1,8 @@
 """One small function per optimizer rule, in the order and with the arithmetic of ``csrc/rules.h``.
 
-``<rule>_constants`` derives in float64, once per tensor and step, what the rule needs: it takes the hyperparameters in the
-order of ``fused/rules.py`` and the step count, and returns eight numbers. ``<rule>`` updates elements in registers: it
-takes parameter, gradient, the tuple of states and the constants, and returns the new parameter and states.
+``<rule>_constants`` derives in float64, once per tensor and step, what the rule needs: it takes the hyperparameters in
+the order of ``fused/rules.py`` and the step count, and returns eight numbers. ``<rule>`` updates elements in registers:
+it takes parameter, gradient, the tuple of states and the constants, and returns the new parameter and states.
 
 Divisions and square roots are correctly rounded and multiply-adds are fused only where they are written, so that the
 bits are those of the other backends.
