@@ -12,6 +12,8 @@ from cases import CASES
 
 import fused
 
+# a base of zero has the logarithm it should have
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 CPU = torch.device("cpu")
 SIZES = [(0,), (1,), (7,), (63,), (3, 341), (5000,)]
 ROWS = [pytest.param(case, variant, id=f"{case.name}-{variant.name}") for case in CASES for variant in case.variants]
@@ -136,3 +138,15 @@ def test_odd_layouts():
         results.append([p.detach().clone() for p in params])
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(expected, actual)
+
+
+def test_learning_rate_on_the_device():
+    results = []
+    for lr in (0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)):
+        torch.manual_seed(4)
+        p = torch.nn.Parameter(torch.randn(40))
+        p.grad = torch.randn(40)
+        fused.SGD([p], lr=lr, momentum=0.5, backend="triton").step()
+        results.append(p.detach())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -74,9 +74,9 @@ class Batch(TableBatch):
 
         self.generation = -1
         self.rows = zeros(count, kernels.ROW_WORDS, dtype=torch.int64)
-        self.hypers = zeros(groups, _HYPERS + 1)
-        self.hyper_at = zeros(groups, _HYPERS, dtype=torch.int64)
-        self.live_hypers: list[Any] = []
+        self.groups = zeros(groups, kernels.GROUP_WORDS, dtype=torch.int64)
+        self.live_groups = b""
+        self.table.read_on_device(*_dlpack_device(device))
         self.constants, self.factors, self.steps = zeros(count, _HYPERS), zeros(count), zeros(count)
         self.skip = zeros(1, dtype=torch.int32)
         self.counters = zeros(count + 1, dtype=torch.int32)
@@ -86,7 +86,6 @@ class Batch(TableBatch):
         self.scratch = zeros(2, dtype=torch.float32)
         self.partials = zeros(0)
         self.launches: list[Launch] = []
-        self.rules: list[Any]
         self.members_of_rule: dict[str, Tensor] = {}
 
     # ---- tables ----
@@ -106,7 +105,7 @@ class Batch(TableBatch):
         if self.table.generation != self.generation:
             self.generation = self.table.generation
             self._upload_rows()
-        self._upload_hypers()
+        self._upload_groups()
         return True
 
     def _to_device(self, target: Tensor, values: Tensor) -> None:
@@ -159,25 +158,12 @@ class Batch(TableBatch):
         rows = members[owner] * 2 + full
         return Launch(formats, rows.to(self.device, non_blocking=True), starts.to(self.device, non_blocking=True))
 
-    def _upload_hypers(self) -> None:
+    def _upload_groups(self) -> None:
         """Hyperparameters that are numbers travel where they changed; tensors on this device are read by address."""
-        values: list[list[float]] = []
-        addresses: list[list[int]] = []
-        for group, rule in zip(self.optimizer.param_groups, self.rules, strict=True):
-            numbers, places = [0.0] * (_HYPERS + 1), [0] * _HYPERS
-            for k, (key, item) in enumerate(rule.hypers):
-                value = group[key] if item < 0 else group[key][item]
-                if isinstance(value, Tensor) and value.device == self.device and value.device.type != "cpu":
-                    places[k] = value.data_ptr() | (value.dtype == torch.float64)
-                else:
-                    numbers[k] = float(value)
-            numbers[_HYPERS] = -1.0 if group.get("maximize") else 1.0
-            values.append(numbers)
-            addresses.append(places)
-        if [values, addresses] != self.live_hypers:
-            self.live_hypers = [values, addresses]
-            self._to_device(self.hypers, torch.tensor(values, dtype=torch.float64))
-            self._to_device(self.hyper_at, torch.tensor(addresses, dtype=torch.int64))
+        raw = self.table.group_bytes()
+        if raw != self.live_groups:
+            self.live_groups = raw
+            self._to_device(self.groups, torch.frombuffer(bytearray(raw), dtype=torch.int64))
 
     # ---- the step ----
 
@@ -218,7 +204,7 @@ class Batch(TableBatch):
         members = self.members_of_rule[name]
         unused = self.scratch
         kernels.prologue[(triton.cdiv(members.numel(), 128),)](
-            self.rows, members, members.numel(), self.hypers, self.hyper_at, self.constants, self.factors, self.steps,
+            self.rows, members, members.numel(), self.groups, self.constants, self.factors, self.steps,
             self.skip, *(unused if tensor is None else tensor for tensor in (
                 control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped,
                 control.unscale)),
@@ -240,6 +226,14 @@ class Batch(TableBatch):
             GRAD_FORMAT=formats.grad, MASTER_FORMAT=formats.master, STATE_FORMATS=formats.states,
             STOCHASTIC=formats.stochastic, BLOCK=CHUNK, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def _dlpack_device(device: torch.device) -> tuple[int, int]:
+    """Type and index of a device in DLPack's numbering: 1 CPU, 2 CUDA, 10 ROCm."""
+    if device.type == "cpu":
+        return 1, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 2 if torch.version.hip is None else 10, index
 
 
 def _announce() -> None:

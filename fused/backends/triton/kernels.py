@@ -1,8 +1,8 @@
 """The kernels: prologue, norm and update, over a table of addresses in device memory.
 
-A row of the table is a ``TensorRow`` of ``csrc/table.h`` as ``ROW_WORDS`` 64-bit words. Work comes as a list of chunks:
-``row * 2 + full`` in one tensor, the first element in another; ``full`` says that the chunk has no tail and that every
-address in it is a multiple of 16 bytes, so it takes an unmasked path with 128-bit accesses.
+A row of the table is a ``TensorRow`` of ``csrc/table.h`` as ``ROW_WORDS`` 64-bit words, a group a ``GroupRow``. Work
+comes as a list of chunks: ``row * 2 + full`` in one tensor, the first element in another; ``full`` says that the chunk
+has no tail and that every address in it is a multiple of 16 bytes: it takes an unmasked path with 128-bit accesses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from . import formats
 ROW_WORDS = 16
 PARAM, GRAD, MASTER, STATE, SCALE, STEP, NUMEL, GROUP = (tl.constexpr(word) for word in (0, 1, 2, 3, 7, 11, 12, 13))
 WORDS = tl.constexpr(ROW_WORDS)
-HYPERS = tl.constexpr(8)
+GROUP_WORDS = 18
+GROUP_SIZE = tl.constexpr(GROUP_WORDS)
+HYPERS, GRAD_SIGN, HYPER_AT, HYPER_FORMAT = (tl.constexpr(word) for word in (8, 8, 9, 17))
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER16, REMAINDER8 = (tl.constexpr(number) for number in range(1, 7))
 
@@ -154,19 +156,22 @@ def update(
 
 
 @triton.jit
-def _hyper(hypers, hyper_at, group, k: tl.constexpr, mask):
+def _hyper(group, k: tl.constexpr, mask):
     """A hyperparameter of each row: from the table, or from the device scalar that the group names."""
-    value = tl.load(hypers + group * (HYPERS + 1) + k, mask=mask, other=0.0)
-    at = tl.load(hyper_at + group * HYPERS + k, mask=mask, other=0)
-    # The lowest bit tells a float64 scalar from a float32 one: both lie at even addresses.
-    narrow = tl.load(_pointer(at & -2, tl.float32), mask=(at != 0) & (at & 1 == 0), other=0.0)
-    wide = tl.load(_pointer(at & -2, tl.float64), mask=(at & 1) != 0, other=0.0)
-    return tl.where(at == 0, value, tl.where(at & 1 != 0, wide, narrow.to(tl.float64)))
+    value = tl.load(group + k, mask=mask, other=0).to(tl.float64, bitcast=True)
+    at = tl.load(group + HYPER_AT + k, mask=mask, other=0)
+    form = (tl.load(group + HYPER_FORMAT, mask=mask, other=0) >> (8 * k)) & 255
+    there = at != 0
+    single = tl.load(_pointer(at, tl.float32), mask=there & (form == FLOAT32), other=0.0).to(tl.float64)
+    double = tl.load(_pointer(at, tl.float64), mask=there & (form == FLOAT64), other=0.0)
+    half = tl.load(_pointer(at, tl.uint16), mask=there & ((form == BFLOAT16) | (form == FLOAT16)), other=0)
+    low = tl.where(form == BFLOAT16, formats.bf16_to_float(half), formats.fp16_to_float(half)).to(tl.float64)
+    return tl.where(there, tl.where(form == FLOAT32, single, tl.where(form == FLOAT64, double, low)), value)
 
 
 @triton.jit
 def prologue(
-    rows, members, count, hypers, hyper_at, constants, factors, steps, skip,
+    rows, members, count, groups, constants, factors, steps, skip,
     norm_total, grad_scale, found_inf, grad_norm, skipped, unscale, grad_multiplier, max_norm,
     CONSTANTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_FOUND_INF: tl.constexpr,
     HAS_GRAD_NORM: tl.constexpr, HAS_SKIPPED: tl.constexpr, HAS_UNSCALE: tl.constexpr, NORM_IS_MAX: tl.constexpr,
@@ -200,7 +205,7 @@ def prologue(
     mask = slot < count
     index = tl.load(members + slot, mask=mask, other=0)
     row = rows + index * WORDS
-    group = tl.load(row + GROUP, mask=mask, other=0) & 0xFFFFFFFF
+    group = groups + (tl.load(row + GROUP, mask=mask, other=0) & 0xFFFFFFFF) * GROUP_SIZE
     step_at = tl.load(row + STEP, mask=mask, other=0)
     counter = _pointer(step_at, tl.float32)
     counts = mask & (step_at != 0)
@@ -210,14 +215,12 @@ def prologue(
     step = tl.where(step_at != 0, step, 2.0).to(tl.float64)
     tl.store(steps + index, step, mask=mask)
     derived = CONSTANTS(
-        _hyper(hypers, hyper_at, group, 0, mask), _hyper(hypers, hyper_at, group, 1, mask),
-        _hyper(hypers, hyper_at, group, 2, mask), _hyper(hypers, hyper_at, group, 3, mask),
-        _hyper(hypers, hyper_at, group, 4, mask), _hyper(hypers, hyper_at, group, 5, mask),
-        _hyper(hypers, hyper_at, group, 6, mask), _hyper(hypers, hyper_at, group, 7, mask), step,
+        _hyper(group, 0, mask), _hyper(group, 1, mask), _hyper(group, 2, mask), _hyper(group, 3, mask),
+        _hyper(group, 4, mask), _hyper(group, 5, mask), _hyper(group, 6, mask), _hyper(group, 7, mask), step,
     )  # fmt: skip
     for k in tl.static_range(HYPERS):
         tl.store(constants + index * HYPERS + k, derived[k], mask=mask)
-    sign = tl.load(hypers + group * (HYPERS + 1) + HYPERS, mask=mask, other=1.0)
+    sign = tl.load(group + GRAD_SIGN, mask=mask, other=0).to(tl.float64, bitcast=True)
     tl.store(factors + index, factor * sign, mask=mask)
 
 
