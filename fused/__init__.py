@@ -7,6 +7,7 @@ from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .checkpoint import load_master_state_dict, master_state_dict
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .from_torch import from_torch
 from .groups import param_groups
@@ -38,5 +39,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "from_torch",
     "get_total_norm",
+    "load_master_state_dict",
+    "master_state_dict",
     "param_groups",
 ]

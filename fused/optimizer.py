@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import memory
 from . import state as state_storage
+from .memory import Memory
 from .plan import Plan
 from .precision import Storage, parse_master_weights, parse_state_dtype
 from .rules import Rule
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 GROUP_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
 """Options of the engine that may differ between parameter groups."""
+
+KEPT_OPTIONS = ("master_weights", "state_dtype")
+"""Options of a live group that a loaded ``state_dict`` does not replace: what was saved is converted instead."""
 
 OPTIMIZER_OPTIONS = ("seed", "max_grad_norm", "norm_type", "skip_nonfinite", "amp_scaling", "backend")
 """Options of the engine that hold for the whole optimizer."""
@@ -52,7 +57,7 @@ class FusedOptimizer(Optimizer):
         master_weights: how bfloat16 and float16 parameters keep a float32 master. None: they are all there is;
             ``"fp32"``: a float32 copy (+4 bytes); ``"split"``: a 16-bit remainder (+2 bytes; exactly float32 for
             bfloat16); ``"split8"``: an 8-bit remainder (+1 byte). May differ per group.
-        state_dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``"int8"`` (blocks of 64 with a scale);
+        state_dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``"int8"`` (blocks of 32 with a scale);
             None: the parameter's dtype, float32 beside master weights. May differ per group.
         stochastic_rounding: round to a lower precision with the probability of the distance, reproducibly from
             ``seed``. May differ per group.
@@ -191,8 +196,9 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` of this class or of its counterpart in torch.optim.
 
-        State keeps the dtype it was saved in, unless ``state_dtype`` asks for another. Options that torch.optim does
-        not know stay as they are where the dictionary lacks them.
+        State keeps the dtype it was saved in, unless ``state_dtype`` asks for another. Where this optimizer has
+        ``master_weights`` or ``state_dtype``, they stay and the state is converted to them (masters before the first
+        step, so that model and optimizer may be loaded in any order); where it has None, the dictionary's are taken.
 
         Raises:
             ValueError: the groups do not match, or the state does not fit a parameter. Nothing has changed then.
@@ -304,6 +310,16 @@ class FusedOptimizer(Optimizer):
     def found_inf(self) -> None:
         self._incoming_found_inf = None
 
+    def memory(self) -> Memory:
+        """Bytes of parameters and state, by kind and per parameter; ``print`` it for a table.
+
+        State is made by the first step: before it there is none to count.
+
+        Example:
+            >>> print(optimizer.memory())
+        """
+        return memory.measure(self)
+
     # ---- for the engine ----
 
     def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -327,7 +343,9 @@ def _wrap_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     groups = [dict(group) for group in state_dict["param_groups"]]
     for saved, live in zip(groups, current, strict=False):
         for name, value in live.items():
-            if name != "params":
+            if name in KEPT_OPTIONS and value is not None:
+                saved[name] = value
+            elif name != "params":
                 saved.setdefault(name, value)
     state = {key: state_storage.Saved(value) for key, value in state_dict["state"].items()}
     return {**state_dict, "param_groups": groups, "state": state}

@@ -78,12 +78,45 @@ def check_shapes(state: dict[str, Any], rule: Rule, param: Tensor, called: str) 
 
 
 def _initialize_master(state: dict[str, Any], storage: Storage, param: Tensor) -> None:
-    if storage.master_weights == "fp32" and MASTER not in state:
-        state[MASTER] = param.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
-    elif storage.master_weights in REMAINDER_DTYPE:
-        dtype = REMAINDER_DTYPE[storage.master_weights]
-        if REMAINDER not in state or state[REMAINDER].dtype != dtype:
-            state[REMAINDER] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    """Makes the master or remainder that ``storage`` asks for, out of the one that is there or of the parameter.
+
+    Not when a checkpoint is loaded, but before the first step after it: model and optimizer may be loaded in any order.
+    """
+    wanted = REMAINDER_DTYPE.get(storage.master_weights or "")
+    if storage.master_weights == "fp32":
+        if MASTER not in state:
+            state[MASTER] = wide_master(param, state)
+        state.pop(REMAINDER, None)
+    elif wanted is None:
+        state.pop(MASTER, None)
+        state.pop(REMAINDER, None)
+    elif MASTER in state or (REMAINDER in state and state[REMAINDER].dtype != wanted):
+        put_remainder(param, state, wide_master(param, state), wanted)
+    elif REMAINDER not in state:
+        state[REMAINDER] = torch.zeros_like(param, dtype=wanted, requires_grad=False)
+
+
+def wide_master(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The float32 weights behind a bfloat16 or float16 parameter: its master itself, or a new tensor."""
+    if MASTER in state:
+        master: Tensor = state[MASTER]
+        return master
+    wide = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    if REMAINDER in state:
+        local(wide).copy_(formats.join_master(local(param.detach()), local(state[REMAINDER])))
+    else:
+        wide.copy_(param.detach())
+    return wide
+
+
+def put_remainder(param: Tensor, state: dict[str, Any], master: Tensor, dtype: torch.dtype) -> None:
+    """Divides a float32 master between the parameter and a remainder of ``dtype``, which replaces it in the state."""
+    high, low = formats.split_master(local(master), param.dtype, 16 if dtype == torch.int16 else 8)
+    with torch.no_grad():
+        local(param.detach()).copy_(high)
+    state.pop(MASTER, None)
+    state[REMAINDER] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    local(state[REMAINDER]).copy_(low)
 
 
 def _put(state: dict[str, Any], rule: Rule, name: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -141,7 +174,6 @@ def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor
         elif value is not None:
             result[name] = value
     _dequantize_unless(storage, param, rule, result)
-    _convert_master(storage, param, result)
     optimizer._complete_state(group, param.detach(), result)
     return result
 
@@ -165,14 +197,6 @@ def _dequantize_unless(storage: Storage, param: Tensor, rule: Rule, state: dict[
             wide = torch.empty_like(state[name], dtype=torch.float32)
             in_memory_order(local(wide)).copy_(formats.decode_blocks8(codes, scale, name not in rule.nonnegative))
             state[name] = wide.to(storage.dtype_of_state(param))
-
-
-def _convert_master(storage: Storage, param: Tensor, state: dict[str, Any]) -> None:
-    """Drops masters and remainders of a kind that is not in use any more."""
-    if storage.master_weights != "fp32":
-        state.pop(MASTER, None)
-    if storage.master_weights not in REMAINDER_DTYPE:
-        state.pop(REMAINDER, None)
 
 
 def state_bytes(state: dict[str, Any]) -> dict[str, int]:
