@@ -61,7 +61,8 @@ FUSED_HD Block8Unsigned block8_unsigned(uint16_t scale) {
 }
 
 FUSED_HD float block8_decode(uint8_t code, const Block8Unsigned& block) {
-  const uint32_t u = block.low + uint32_t(int32_t(float(int32_t(code) - 1) * block.step + 0.5f));
+  const uint32_t end = block.low + uint32_t(int32_t(float(int32_t(code) - 1) * block.step + 0.5f));
+  const uint32_t u = end < kInfinity ? end : kInfinity - 1u;  // the last octave ends at infinity
   return float_of(code == 0 ? 0u : (code == kUnsignedNan ? 0x7fc00000u : u));
 }
 

@@ -219,7 +219,7 @@ def _encode_unsigned(magnitude: Tensor, finite: Tensor, threshold: Tensor | floa
 
 def _decode_unsigned(codes: Tensor, words: Tensor) -> Tensor:
     low, step, _ = _unsigned_block(words)
-    u = low + ((codes - 1).to(torch.float32) * step + 0.5).to(torch.int64)
+    u = (low + ((codes - 1).to(torch.float32) * step + 0.5).to(torch.int64)).clamp(max=_INFINITY - 1)
     return float_of(torch.where(codes == 0, 0, torch.where(codes == _UNSIGNED_NAN, _NAN, u)))
 
 

@@ -1,0 +1,159 @@
+"""Float32 weights in and out, masters of one kind into another, bytes by kind."""
+
+from __future__ import annotations
+
+import io
+from itertools import product
+
+import pytest
+import torch
+
+import fused
+from fused import formats
+
+KINDS = ("fp32", "split", "split8")
+
+
+def trained(kind: str | None, steps: int = 3, **options: object) -> tuple[torch.nn.Module, fused.AdamW]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(33, 17).bfloat16()
+    optimizer = fused.AdamW(model.parameters(), lr=1e-3, master_weights=kind, **options)
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: torch.nn.Module, optimizer: fused.AdamW, scale: float = 1.0) -> None:
+    for param in model.parameters():
+        param.grad = torch.randn_like(param) * scale
+    optimizer.step()
+
+
+@pytest.mark.parametrize("saved, live", list(product(KINDS, KINDS)))
+@pytest.mark.parametrize("model_first", [True, False])
+def test_masters_convert_on_load(saved: str, live: str, model_first: bool) -> None:
+    model, optimizer = trained(saved)
+    weights = {name: w.clone() for name, w in fused.master_state_dict(model, optimizer).items()}
+    other = torch.nn.Linear(33, 17).bfloat16()
+    taker = fused.AdamW(other.parameters(), lr=1e-3, master_weights=live)
+    loads = [lambda: other.load_state_dict(model.state_dict()), lambda: taker.load_state_dict(optimizer.state_dict())]
+    for load in loads if model_first else reversed(loads):
+        load()
+    for group in taker.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    step(other, taker, 0.0)
+    for name, w in fused.master_state_dict(other, taker).items():
+        bound = 2.0**-16 if live == "split8" and saved != "split8" else 0.0
+        torch.testing.assert_close(w, weights[name], rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_master_weights_round_trip(kind: str | None) -> None:
+    model, optimizer = trained(kind)
+    weights = {name: w.clone() for name, w in fused.master_state_dict(model, optimizer).items()}
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    step(model, optimizer)
+    fused.load_master_state_dict(model, optimizer, weights)
+    for name, w in fused.master_state_dict(model, optimizer).items():
+        assert torch.equal(w, weights[name])
+
+
+def test_master_weights_before_the_first_step() -> None:
+    model = torch.nn.Linear(5, 3).bfloat16()
+    optimizer = fused.AdamW(model.parameters(), master_weights="split")
+    given = {name: torch.randn_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    fused.load_master_state_dict(model, optimizer, given)
+    for name, w in fused.master_state_dict(model, optimizer).items():
+        assert torch.equal(w, given[name])
+
+
+def test_loading_master_weights_raises_before_changing_anything() -> None:
+    model, optimizer = trained("split")
+    before = [p.clone() for p in model.parameters()]
+    weights = dict(fused.master_state_dict(model, optimizer))
+    with pytest.raises(ValueError, match="'bias' of shape"):
+        fused.load_master_state_dict(model, optimizer, {**weights, "weight": weights["weight"] + 1, "bias": torch.zeros(2)})
+    with pytest.raises(KeyError, match="extra"):
+        fused.load_master_state_dict(model, optimizer, {**weights, "extra": torch.zeros(1)})
+    with pytest.raises(TypeError, match="SGD"):
+        fused.master_state_dict(model, torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "int8"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_state_dict_round_trip_and_resume(kind: str | None, state_dtype: object) -> None:
+    """Bit for bit through a file, and the resumed run goes on as the first one, stochastic rounding included."""
+    options = {"state_dtype": state_dtype, "stochastic_rounding": True, "seed": 11}
+    model, optimizer = trained(kind, **options)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other, taker = trained(kind, steps=0, **options)
+    other.load_state_dict(saved["model"])
+    taker.load_state_dict(saved["optimizer"])
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert optimizer.state[p].keys() == taker.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            assert value.dtype == taker.state[q][name].dtype and torch.equal(value, taker.state[q][name]), name
+    for m, o in ((model, optimizer), (other, taker)):
+        torch.manual_seed(5)
+        step(m, o)
+        step(m, o)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, taker.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+def test_a_state_dict_of_torch_converts() -> None:
+    model = torch.nn.Linear(64, 32)
+    theirs = torch.optim.AdamW(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    theirs.step()
+    ours = fused.AdamW(model.parameters(), state_dtype="int8")
+    ours.load_state_dict(theirs.state_dict())
+    state = ours.state[model.weight]
+    assert state["exp_avg"].dtype == torch.uint8
+    decoded = formats.decode_blocks8(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False)
+    torch.testing.assert_close(decoded, theirs.state[model.weight]["exp_avg_sq"], rtol=0.2, atol=0)
+
+
+BYTES = [
+    (fused.AdamW, "split", torch.float32, {}, 12.0),
+    (fused.AdamW, "split", torch.bfloat16, {}, 8.0),
+    (fused.AdamW, "split8", "int8", {}, 5.15),
+    (fused.Lion, "split8", "int8", {}, 4.1),
+    (fused.SGD, "split8", "int8", {"lr": 0.1, "momentum": 0.9}, 4.1),
+]
+
+
+@pytest.mark.parametrize("make, kind, state_dtype, more, most", BYTES)
+def test_bytes_per_parameter(make, kind, state_dtype, more, most) -> None:  # type: ignore[no-untyped-def]
+    p = torch.nn.Parameter(torch.zeros(1_000_000, dtype=torch.bfloat16))
+    optimizer = make([p], master_weights=kind, state_dtype=state_dtype, **more)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    memory = optimizer.memory()
+    assert memory.per_parameter <= most + 1e-5
+    assert memory.elements == p.numel()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (p, *optimizer.state[p].values())}
+    assert memory.total == sum(held.values())
+    assert str(memory).splitlines()[-1].split() == ["total", f"{memory.total:,}", f"{memory.per_parameter:.4f}"]
+
+
+@pytest.mark.parametrize("options", [{"master_weights": "split"}, {"master_weights": "split8"}, {"stochastic_rounding": True}])
+def test_weight_decay_is_not_lost_in_bfloat16(options: dict[str, object]) -> None:
+    start = torch.linspace(0.75, 1.5, 4096).bfloat16()
+    ends = {}
+    for name, kwargs in (("ours", options), ("plain", {})):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = fused.AdamW([p], lr=1e-3, weight_decay=0.1, **kwargs)  # type: ignore[arg-type]
+        p.grad = torch.zeros_like(p)
+        for _ in range(1000):
+            optimizer.step()
+        ends[name] = p.detach().double().mean()
+    expected = start.double().mean() * (1 - 1e-4) ** 1000
+    assert abs(ends["ours"] / expected - 1) < 0.01
+    assert ends["plain"] == start.double().mean()  # rounds back to where it was, every time
