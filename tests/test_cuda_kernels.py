@@ -510,7 +510,6 @@ PLANTED = {
         "    if (at.count == 0) return;\n    float p[kVector], g[kVector], s[S ? S : 1][kVector];\n    load_param",
     ),
     "counter-not-reset": ("reduce.cu", "    *args.counter = 0u;\n", ""),
-    "stale-table": ("device_table.cu", "if (describe_again) describe(", "if (image_.empty()) describe("),
 }
 
 
@@ -537,6 +536,13 @@ def run_selection(kernels: CudaOnCpu) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *PLANTED])
 def test_planted_defects_are_found(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "CUDA_ON_CPU_ALONE" not in os.environ:  # builds in one process would share what carries the same name
+        test = f"{__file__}::test_planted_defects_are_found[{name}]"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+        environment = {**os.environ, "CUDA_ON_CPU_ALONE": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:]
+        return
     if name is None:
         kernels = CudaOnCpu(build())
         kernels.serve(monkeypatch)

@@ -127,19 +127,22 @@ void run_block() {
     makecontext(&fiber.context, run_thread, 0);
   }
   for (;;) {
+    // A warp runs as far as it can before the next one does: warps that run ahead show where a barrier is missing.
     bool progress = false;
-    for (const unsigned i : in_order(fiber_count)) {
-      if (fibers[i]->state != State::kReady) continue;
-      progress = true;
-      resume(i);
+    for (const unsigned warp : in_order((fiber_count + kLanes - 1) / kLanes)) {
+      const unsigned first = warp * kLanes;
+      do {
+        for (const unsigned lane : in_order(std::min(kLanes, fiber_count - first))) {
+          if (fibers[first + lane]->state != State::kReady) continue;
+          progress = true;
+          resume(first + lane);
+          if (!error.empty()) return;
+        }
+      } while (release_warp(first));
       if (!error.empty()) return;
     }
-    if (!progress) {
-      for (unsigned first = 0; first < fiber_count && error.empty(); first += kLanes) progress |= release_warp(first);
-      if (error.empty()) progress |= release_barrier();
-      if (!error.empty()) return;
-    }
-    if (progress) continue;
+    if (progress || release_barrier()) continue;
+    if (!error.empty()) return;
     for (unsigned i = 0; i < fiber_count; ++i) {
       running = i;
       if (fibers[i]->state != State::kDone) return set_error("a thread waits for others that never come");
