@@ -16,6 +16,7 @@ from .optimizer import FusedOptimizer
 from .rmsprop import RMSprop
 from .scaler import GradScaler
 from .sgd import SGD
+from .warmup import warmup
 
 try:
     __version__ = version("fused-optim")
@@ -42,4 +43,5 @@ __all__ = [
     "load_master_state_dict",
     "master_state_dict",
     "param_groups",
+    "warmup",
 ]

@@ -68,6 +68,9 @@ class Batch(Protocol):
     def update(self, control: Control) -> None:
         """The optimizer step."""
 
+    def compile_ahead(self) -> None:
+        """Compiles what steps would compile, of the parameters as they are now; see :func:`fused.warmup`."""
+
 
 Signature = list[tuple[Rule, Storage, bool]]
 

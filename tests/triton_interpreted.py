@@ -11,6 +11,7 @@ import torch
 from cases import CASES
 
 import fused
+from fused.backends.triton import kernels
 
 # a base of zero has the logarithm it should have
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
@@ -150,3 +151,27 @@ def test_learning_rate_on_the_device():
         results.append(p.detach())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "clipping"])
+def test_warmup_compiles_what_the_step_launches(monkeypatch, options):
+    seen = {True: set(), False: set()}
+    run = type(kernels.update).run
+
+    def record(self, *args, grid, warmup, **constants):
+        seen[warmup].add((self.fn.__name__, *sorted((k, str(v)) for k, v in constants.items())))
+        return run(self, *args, grid=grid, warmup=warmup, **constants)
+
+    monkeypatch.setattr(type(kernels.update), "run", record)
+    params = [torch.nn.Parameter(torch.randn(5).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "master_weights": "split", "stochastic_rounding": True}]
+    optimizer = fused.AdamW(groups, backend="triton", **options)
+    before = [p.detach().clone() for p in params]
+    fused.warmup(optimizer)
+    assert not seen[False]
+    assert not optimizer.state
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert seen[False] == seen[True]

@@ -195,6 +195,9 @@ class Batch:
         values, nonfinite = self.row_values.unbind(1)
         return torch.stack((values.amax() if norm_type == float("inf") else values.sum(), nonfinite.sum()))
 
+    def compile_ahead(self) -> None:
+        """Nothing: torch's operations are compiled; see :class:`fused.plan.Batch`."""
+
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
         factor, skip = decide(control)

@@ -180,6 +180,9 @@ class TableBatch:
         """One read of the gradients; see :class:`fused.plan.Batch`."""
         raise NotImplementedError
 
+    def compile_ahead(self) -> None:
+        """Nothing: the kernels are compiled; see :class:`fused.plan.Batch`."""
+
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
         raise NotImplementedError

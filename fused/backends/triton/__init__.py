@@ -8,18 +8,19 @@ is allocated, read back or waited for once they stand, so a step can be captured
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ...plan import Control
-from ...precision import Format, Storage
-from ...rules import RULES
+from ...precision import FORMAT_OF_DTYPE, Format, Storage
+from ...rules import RULES, Rule
 from ..table import TableBatch
 from . import kernels
 from .rules import RULES as FUNCTIONS
@@ -87,6 +88,7 @@ class Batch(TableBatch):
         self.partials = zeros(0)
         self.launches: list[Launch] = []
         self.members_of_rule: dict[str, Tensor] = {}
+        self.ahead = False
 
     # ---- tables ----
 
@@ -175,7 +177,8 @@ class Batch(TableBatch):
         for launch in self.launches:
             chunks = launch.rows.numel()
             if chunks:
-                kernels.reduce[(chunks,)](
+                self._run(
+                    kernels.reduce, chunks,
                     self.rows, launch.rows, launch.starts, first, self.partials, self.row_values, len(self.members),
                     self.counters, self.live_rows, self.total, MAXIMUM=norm_type == float("inf"),
                     GRAD_FORMAT=launch.formats.grad, BLOCK=CHUNK, LANES=1024, num_warps=NUM_WARPS,
@@ -183,8 +186,41 @@ class Batch(TableBatch):
             first += chunks
         return self.total
 
+    def compile_ahead(self) -> None:
+        """Compiles the kernels of the coming steps; see :func:`fused.warmup`."""
+        classes: dict[Formats, list[int]] = {}
+        for index in sorted(self.mine):
+            group, _, param = self.members[index]
+            if param.dtype not in FORMAT_OF_DTYPE:
+                continue  # the step says what is wrong with it
+            classes.setdefault(_coming(self.rules[group], self.optimizer.param_groups[group], param), []).append(index)
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.launches = [Launch(formats, one, one) for formats in classes]
+        self.members_of_rule = {formats.rule: one for formats in classes}
+        self.live_rows = len(self.mine)
+        options = self.optimizer._options
+        control = Control(options["max_grad_norm"], options["norm_type"], options["skip_nonfinite"], options["seed"])
+        self.ahead = True
+        if control.max_norm is not None or control.skip_nonfinite:
+            control.grad_norm, control.skipped = self.scratch.unbind()
+            control.unscale = self.total[1]
+            control.norm_total = self.reduce(control.norm_type)
+        self._launch_all(control)
+
+    def _run(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        """Launches a kernel on this device, or only compiles it."""
+        with contextlib.nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device):
+            if self.ahead:
+                kernel.warmup(*args, grid=(programs,), **options)
+            else:
+                kernel[(programs,)](*args, **options)
+
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
+        self._launch_all(control)
+        self._finish()
+
+    def _launch_all(self, control: Control) -> None:
         _announce()
         self._upload_scalars(control)
         for name in self.members_of_rule:
@@ -192,7 +228,6 @@ class Batch(TableBatch):
         for launch in self.launches:
             if launch.rows.numel():
                 self._update(launch, control.seed)
-        self._finish()
 
     def _upload_scalars(self, control: Control) -> None:
         scalars = (control.grad_multiplier, -1.0 if control.max_norm is None else control.max_norm)
@@ -203,7 +238,8 @@ class Batch(TableBatch):
     def _prologue(self, name: str, control: Control) -> None:
         members = self.members_of_rule[name]
         unused = self.scratch
-        kernels.prologue[(triton.cdiv(members.numel(), 128),)](
+        self._run(
+            kernels.prologue, triton.cdiv(members.numel(), 128),
             self.rows, members, members.numel(), self.groups, self.constants, self.factors, self.steps,
             self.skip, *(unused if tensor is None else tensor for tensor in (
                 control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped,
@@ -219,13 +255,28 @@ class Batch(TableBatch):
 
     def _update(self, launch: Launch, seed: int) -> None:
         formats = launch.formats
-        kernels.update[(launch.rows.numel(),)](
+        self._run(
+            kernels.update, launch.rows.numel(),
             self.rows, launch.rows, launch.starts, self.constants, self.factors, self.steps, self.skip,
             seed if seed < 1 << 63 else seed - (1 << 64),
             RULE=FUNCTIONS[formats.rule][1], STATES=len(formats.states), PARAM_FORMAT=formats.param,
             GRAD_FORMAT=formats.grad, MASTER_FORMAT=formats.master, STATE_FORMATS=formats.states,
             STOCHASTIC=formats.stochastic, BLOCK=CHUNK, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+_MASTER = {None: Format.NONE, "fp32": Format.FLOAT32, "split": Format.REMAINDER16, "split8": Format.REMAINDER8}
+
+
+def _coming(rule: Rule, group: dict[str, Any], param: Tensor) -> Formats:
+    """What an update of a parameter will be compiled for, before there is state or a gradient."""
+    storage = Storage.of(group)
+    form = FORMAT_OF_DTYPE[param.dtype]
+    grad = form if param.grad is None else FORMAT_OF_DTYPE[param.grad.dtype]
+    state = FORMAT_OF_DTYPE[storage.dtype_of_state(param)] if rule.states else form
+    master = _MASTER[storage.master_weights]
+    states = (int(state),) * len(rule.states)  # plain numbers, as the table's: Triton tells them from an enumeration's
+    return Formats(rule.name, storage.stochastic_rounding, int(form), int(grad), int(master), states)
 
 
 def _dlpack_device(device: torch.device) -> tuple[int, int]:

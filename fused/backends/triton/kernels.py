@@ -122,13 +122,17 @@ def _update_chunk(
         _store_as(param, offset, mask, p, random, PARAM_FORMAT, STOCHASTIC, MASKED)
 
 
-@triton.jit
+# Numbers that differ from model to model and from step to step must not make Triton compile again.
+
+
+@triton.jit(do_not_specialize=["seed"])
 def update(
     rows, chunk_rows, chunk_starts, constants, factors, steps, skip, seed,
     RULE: tl.constexpr, STATES: tl.constexpr, PARAM_FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
     MASTER_FORMAT: tl.constexpr, STATE_FORMATS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one tensor per program: load, rule, store."""
+    seed = seed.to(tl.int64)  # a small one comes with 32 bits
     if tl.load(skip) == 0:
         entry = tl.load(chunk_rows + tl.program_id(0))
         index = (entry >> 1).to(tl.int64)
@@ -169,7 +173,12 @@ def _hyper(group, k: tl.constexpr, mask):
     return tl.where(there, tl.where(form == FLOAT32, single, tl.where(form == FLOAT64, double, low)), value)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "count", "norm_total", "grad_scale", "found_inf", "grad_norm", "skipped", "unscale", "grad_multiplier",
+        "max_norm",
+    ]
+)  # fmt: skip
 def prologue(
     rows, members, count, groups, constants, factors, steps, skip,
     norm_total, grad_scale, found_inf, grad_norm, skipped, unscale, grad_multiplier, max_norm,
@@ -254,7 +263,7 @@ def _sum_rows(values, first, count, LANES: tl.constexpr, MAXIMUM: tl.constexpr):
     return tl.reduce(value, 0, _larger) if MAXIMUM else tl.sum(value, 0), tl.sum(nonfinite, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "row_count", "live_rows"])
 def reduce(
     rows, chunk_rows, chunk_starts, first, partials, row_values, row_count, counters, live_rows, total,
     MAXIMUM: tl.constexpr, GRAD_FORMAT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,

@@ -134,13 +134,14 @@ def _rmsprop_step(p, g, s, c, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr):
         grad_avg = _lerp(s[1], g, weight)
         average = tl.math.fma(-grad_avg, grad_avg, average)
         states = states + (grad_avg,)
+    step = neg_lr * g  # ahead of the square root: one value less that stays over it
     average = _sqrt(average) + eps
     if MOMENTUM:
         buffer = momentum * s[1 + CENTERED] + _div(g, average)
         states = states + (buffer,)
         p = tl.math.fma(neg_lr, buffer, p)
     else:
-        p = p + _div(neg_lr * g, average)
+        p = p + _div(step, average)
     return p, states
 
 
