@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from benchmarks.gate import Verdict, check
 from benchmarks.machine import describe
 from benchmarks.problem import NotAvailable, Problem, Side
 from benchmarks.systems import SYSTEMS, Options
+
+with contextlib.suppress(ImportError):  # now that `benchmarks` has put what is installed first: pytest undoes that
+    import fused  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
