@@ -22,7 +22,8 @@ def master_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]
 
     Args:
         model: a module of any parameters; those in float64 or complex dtypes and all buffers are exported as they are.
-        optimizer: the optimizer, or several, that step the model's parameters. A parameter without state exports its value.
+        optimizer: the optimizer, or several, that step the model's parameters. A parameter without state exports
+            its value.
 
     Returns:
         Keys of ``model.state_dict()``. Float32 masters and parameters that are wide already are not copied: save the

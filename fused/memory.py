@@ -22,8 +22,8 @@ class Memory:
 
     Attributes:
         elements: number of parameters (elements, on this process).
-        bytes_by_kind: ``"parameters"``, ``"master"`` or ``"remainder"``, every state under its key, its block scales under
-            the key with ``_scale``, and ``"step"``.
+        bytes_by_kind: ``"parameters"``, ``"master"`` or ``"remainder"``, every state under its key, its block scales
+            under the key with ``_scale``, and ``"step"``.
     """
 
     elements: int

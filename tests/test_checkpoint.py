@@ -72,7 +72,8 @@ def test_loading_master_weights_raises_before_changing_anything() -> None:
     before = [p.clone() for p in model.parameters()]
     weights = dict(fused.master_state_dict(model, optimizer))
     with pytest.raises(ValueError, match="'bias' of shape"):
-        fused.load_master_state_dict(model, optimizer, {**weights, "weight": weights["weight"] + 1, "bias": torch.zeros(2)})
+        changed = {"weight": weights["weight"] + 1, "bias": torch.zeros(2)}
+        fused.load_master_state_dict(model, optimizer, changed)
     with pytest.raises(KeyError, match="extra"):
         fused.load_master_state_dict(model, optimizer, {**weights, "extra": torch.zeros(1)})
     with pytest.raises(TypeError, match="SGD"):
@@ -143,7 +144,9 @@ def test_bytes_per_parameter(make, kind, state_dtype, more, most) -> None:  # ty
     assert str(memory).splitlines()[-1].split() == ["total", f"{memory.total:,}", f"{memory.per_parameter:.4f}"]
 
 
-@pytest.mark.parametrize("options", [{"master_weights": "split"}, {"master_weights": "split8"}, {"stochastic_rounding": True}])
+@pytest.mark.parametrize(
+    "options", [{"master_weights": "split"}, {"master_weights": "split8"}, {"stochastic_rounding": True}]
+)
 def test_weight_decay_is_not_lost_in_bfloat16(options: dict[str, object]) -> None:
     start = torch.linspace(0.75, 1.5, 4096).bfloat16()
     ends = {}
