@@ -7,6 +7,7 @@
 #   OUT=gpu-results      logs, JSON, CSV and plots
 #   LIMIT=570            seconds for everything; benchmarks get what the rest leaves
 #   SKIP="sanitizer"     stages to leave out: build tests sanitizer benchmarks
+#   LARGE=1              also the tests of more than 2^31 elements
 #   PUBLISH=1            also write benchmarks/results/<machine>.json, its plots and the README's tables
 #
 # Needs no network where torch, pybind11, ninja, setuptools and pytest are installed already. A stage that fails does not
@@ -65,30 +66,31 @@ build() {
 }
 
 environment || { echo "no usable GPU"; exit 1; }
-stage build 240 bash -c "$(declare -f build); PYTHON='$PYTHON' OUT='$OUT' build"
+stage build 200 bash -c "$(declare -f build); PYTHON='$PYTHON' OUT='$OUT' build"
 [ -d "$OUT/site" ] && export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
-stage info 60 env PYTHONSAFEPATH=1 "$PYTHON" -m fused info
+stage info 30 env PYTHONSAFEPATH=1 "$PYTHON" -m fused info
 
-# The tests that need a GPU, then as much of the rest as fits; -p no:cacheprovider: the checkout stays clean.
-stage tests-gpu 150 env PYTHONSAFEPATH=1 "$PYTHON" -m pytest tests -m "gpu and not large" -q --maxfail=20 -p no:cacheprovider
-
-# Small odd shapes through every optimizer and storage format, under the memory checker and the race checker.
-if command -v compute-sanitizer >/dev/null; then
-  small=(-m benchmarks step --device cuda --opt main --shape 5x1023,2x65 --vs none --seconds 0.001)
-  for tool in memcheck racecheck; do
-    stage "sanitizer-$tool" 70 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" "${small[@]}"
-  done
-  stage sanitizer-storage 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" "${small[@]}" \
-    --opt adamw,lion --dtype bf16 --master split8 --state int8
-else
-  echo "=== sanitizer: compute-sanitizer is not here"
-fi
+# PYTHONSAFEPATH: what was installed is tested, not the checkout; no:cacheprovider: the checkout stays clean.
+tests=("$PYTHON" -m pytest tests -q --maxfail=20 -p no:cacheprovider)
+stage tests-gpu 130 env PYTHONSAFEPATH=1 "${tests[@]}" -m "gpu and not large"
+[ "${LARGE:-0}" = 1 ] && stage tests-large 150 env PYTHONSAFEPATH=1 "${tests[@]}" -m "gpu and large"
 
 publish=()
 [ "$PUBLISH" = 1 ] && publish=(--publish)
-budget=$(($(left) - 20))
-LINES_SHOWN=60 stage benchmarks "$(left)" "$PYTHON" -m benchmarks all --device cuda --seconds 0.15 --limit "$budget" \
-  --out "$OUT/results" "${publish[@]}"
+budget=$(($(left) - 150)) # the sanitizer's share, and what a last cell may run over
+LINES_SHOWN=70 stage benchmarks $((budget + 60)) "$PYTHON" -m benchmarks all --device cuda --seconds 0.15 \
+  --limit "$budget" --out "$OUT/results" "${publish[@]}"
+
+# Small odd shapes through every optimizer and two storage formats, under the memory checker and the race checker.
+if command -v compute-sanitizer >/dev/null; then
+  small=("$PYTHON" -m benchmarks step --quick --device cuda --shape 5x1023,2x65 --vs none --seconds 0.001)
+  check=(compute-sanitizer --error-exitcode 9 --tool)
+  stage sanitizer-memcheck 45 "${check[@]}" memcheck "${small[@]}" --opt main
+  stage sanitizer-racecheck 45 "${check[@]}" racecheck "${small[@]}" --opt adamw,adafactor
+  stage sanitizer-storage 45 "${check[@]}" memcheck "${small[@]}" --opt adamw --dtype bf16 --master split8 --state int8
+else
+  echo "=== sanitizer: compute-sanitizer is not here"
+fi
 
 printf '\n=== done after %d s; %s\n' "$SECONDS" "$OUT"
 if ((${#failed[@]})); then
