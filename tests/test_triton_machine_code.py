@@ -31,7 +31,7 @@ def _formats():
     from fused.backends.triton import Formats
 
     def of(rule, param=Format.FLOAT32, master=Format.NONE, state=None, stochastic=False):
-        states = (int(state or param),) * len(RULES[rule].states)
+        states = state if isinstance(state, tuple) else (int(state or param),) * len(RULES[rule].states)
         return Formats(rule, stochastic, int(param), int(param), int(master), states)
 
     low, half = Format.BFLOAT16, Format.FLOAT16
@@ -41,6 +41,9 @@ def _formats():
         "adam-bfloat16-split-bfloat16": of("adam", low, master=Format.REMAINDER16, state=low),
         "adam-bfloat16-split8-bfloat16": of("adam", low, master=Format.REMAINDER8, state=low),
         "adam-bfloat16-fp32-float32": of("adam", low, master=Format.FLOAT32, state=Format.FLOAT32),
+        "adam-bfloat16-split-int8": of(
+            "adam", low, master=Format.REMAINDER16, state=(int(Format.BLOCK8_SIGNED), int(Format.BLOCK8_UNSIGNED))
+        ),
         "adam-float16-split-float32": of("adam", half, master=Format.REMAINDER16, state=Format.FLOAT32),
     }
 

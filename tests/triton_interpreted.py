@@ -8,9 +8,13 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import CASES
 
 import fused
+from fused import formats
+from fused.backends.triton import formats as block_formats
 from fused.backends.triton import kernels
 
 # a base of zero has the logarithm it should have
@@ -175,3 +179,51 @@ def test_warmup_compiles_what_the_step_launches(monkeypatch, options):
         p.grad = torch.randn_like(p)
     optimizer.step()
     assert seen[False] == seen[True]
+
+
+def test_8bit_first_moments_are_the_cpu_kernels_to_the_bit():
+    gradients = [[_wide(n) for n in (1, 31, 33, 2500)] for _ in range(3)]
+    results = []
+    for backend in ("cpu", "triton"):
+        params = [torch.nn.Parameter(torch.ones(g.shape)) for g in gradients[0]]
+        optimizer = fused.Lion(params, lr=1e-2, state_dtype="int8", backend=backend)
+        for step in gradients:
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        results.append([p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+
+
+def _wide(n):
+    x = torch.randn(n) * torch.exp(4 * torch.randn(n))
+    x[::7] = 0.0
+    x[100:101] = 1e30
+    return x
+
+
+@triton.jit
+def _encode_and_decode(values, codes, scales, decoded, step, SIGNED: tl.constexpr):
+    element = tl.arange(0, 1024).to(tl.int64)
+    x = tl.reshape(tl.load(values + element), (32, 32))
+    code, scale = block_formats.float_to_blocks8(x, tl.reshape(element, (32, 32)), tl.load(step), SIGNED)
+    tl.store(codes + element, tl.reshape(code, (1024,)))
+    tl.store(scales + tl.arange(0, 32), scale.to(tl.int16))
+    tl.store(decoded + element, tl.reshape(block_formats.blocks8_to_float(code, scale, SIGNED), (1024,)))
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_8bit_blocks_are_those_of_the_specification(signed):
+    for step in (1, 2, 12345):
+        x = _wide(1024) if signed else _wide(1024).abs()
+        x[500], x[600], x[900:960] = float("nan"), float("inf"), 0.0
+        x[:64] *= 1e-38
+        codes, scales = torch.empty(1024, dtype=torch.uint8), torch.empty(32, dtype=torch.int16)
+        decoded = torch.empty(1024)
+        _encode_and_decode[(1,)](x, codes, scales, decoded, torch.tensor([step]), SIGNED=signed)
+        expected_codes, expected_scales = formats.encode_blocks8(x, signed, None if signed else step)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(scales, expected_scales)
+        expected = formats.decode_blocks8(codes, scales, signed)
+        assert torch.equal(decoded.view(torch.int32), expected.view(torch.int32))

@@ -92,14 +92,6 @@ class Batch(TableBatch):
 
     # ---- tables ----
 
-    def _check(self, index: int) -> None:
-        super()._check(index)
-        if Storage.of(self.optimizer.param_groups[self.members[index][0]]).state_dtype == "int8":
-            raise RuntimeError(
-                f"the Triton kernels have no 8-bit states, but state_dtype='int8' is set for {self._name(index)}: "
-                "use state_dtype=torch.bfloat16, or backend='reference'"
-            )
-
     def refresh(self) -> bool:
         """Brings the tables up to date, the device's too; see :class:`fused.plan.Batch`."""
         if not super().refresh():
@@ -273,10 +265,16 @@ def _coming(rule: Rule, group: dict[str, Any], param: Tensor) -> Formats:
     storage = Storage.of(group)
     form = FORMAT_OF_DTYPE[param.dtype]
     grad = form if param.grad is None else FORMAT_OF_DTYPE[param.grad.dtype]
-    state = FORMAT_OF_DTYPE[storage.dtype_of_state(param)] if rule.states else form
     master = _MASTER[storage.master_weights]
-    states = (int(state),) * len(rule.states)  # plain numbers, as the table's: Triton tells them from an enumeration's
+    # plain numbers, as the table's: Triton tells them from an enumeration's
+    states = tuple(int(_state_format(storage.dtype_of_state(param), name in rule.nonnegative)) for name in rule.states)
     return Formats(rule.name, storage.stochastic_rounding, int(form), int(grad), int(master), states)
+
+
+def _state_format(dtype: torch.dtype, nonnegative: bool) -> Format:
+    if dtype == torch.uint8:
+        return Format.BLOCK8_UNSIGNED if nonnegative else Format.BLOCK8_SIGNED
+    return FORMAT_OF_DTYPE[dtype]
 
 
 def _dlpack_device(device: torch.device) -> tuple[int, int]:

@@ -171,3 +171,98 @@ def random_bits(seed, element, stream, operand, step):
         k1 = k1 + 0xBB67AE85
     word = element % 4
     return tl.where(word == 0, c0, tl.where(word == 1, c1, tl.where(word == 2, c2, c3)))
+
+
+# ---- 8-bit blocks: the twin of csrc/blocks8.h; the second dimension of ``x`` and of codes is a block ----
+
+
+@triton.jit
+def _quotient(x, y):
+    """Correctly rounded; 0 where the divisor is."""
+    there = y != 0.0
+    return tl.where(there, tl.math.div_rn(x, tl.where(there, y, 1.0)), 0.0)
+
+
+@triton.jit
+def _finite_pattern(x):
+    a = _bits(x) & MAGNITUDE
+    return tl.where(a >= INFINITY, 0, a).to(tl.int32)
+
+
+@triton.jit
+def _threshold(element, step):
+    h = element.to(tl.uint32) * 0x9E3779B1
+    h = (h ^ (h >> 15)) * 0x85EBCA6B
+    h = h + (step.to(tl.uint32) + 0 * h) * 0x9E3779B9
+    return (h >> 8).to(tl.int32).to(tl.float32) * 0.000000059604644775390625  # 2^-24
+
+
+@triton.jit
+def _unsigned_block(scale):
+    low = (scale & 0xFF) << 23
+    width = (((scale >> 8) << 23) - low).to(tl.int32).to(tl.float32)
+    levels = 0.0 * width + 253.0
+    return low[:, None], _quotient(width, levels)[:, None], _quotient(levels, width)[:, None]
+
+
+@triton.jit
+def _signed_block(scale):
+    spread = scale & 7
+    mu = _float(0x3F800000 + ((spread * (spread + 9)) << 20))
+    width = (_bits(1.0 + mu) - 0x3F800000).to(tl.int32).to(tl.float32)
+    levels = 0.0 * width + 127.0
+    inverse_mu = _quotient(0.0 * mu + 1.0, mu)
+    top = _float((scale >> 3) << 18)
+    step, inverse = _quotient(width, levels), _quotient(levels, width)
+    return top[:, None], mu[:, None], inverse_mu[:, None], step[:, None], inverse[:, None]
+
+
+@triton.jit
+def blocks8_to_float(codes, scale, SIGNED: tl.constexpr):
+    """Values of ``[blocks, 32]`` codes and ``[blocks]`` scales."""
+    code = codes.to(tl.uint32)
+    if SIGNED:
+        top, _, inverse_mu, step, _ = _signed_block(scale.to(tl.uint32))
+        level = (code & 0x7F).to(tl.int32).to(tl.float32)
+        above = (level * step + 0.5).to(tl.int32).to(tl.uint32)
+        s = (_float(0x3F800000 + above) - 1.0) * inverse_mu
+        x = tl.math.div_rn(top * s, 1.75 - 0.75 * s)
+        return _float(tl.where(code == 0x80, 0x7FC00000, _bits(x) | ((code & 0x80) << 24)))
+    low, step, _ = _unsigned_block(scale.to(tl.uint32))
+    above = ((code.to(tl.int32) - 1).to(tl.float32) * step + 0.5).to(tl.int32).to(tl.uint32)
+    return _float(tl.where(code == 0, 0, tl.where(code == 255, 0x7FC00000, low + above)))
+
+
+@triton.jit
+def float_to_blocks8(x, element, step, SIGNED: tl.constexpr):
+    """``[blocks, 32]`` codes and ``[blocks]`` scales; second moments round by the element and the step."""
+    a = _bits(x) & MAGNITUDE
+    finite = _finite_pattern(x)
+    largest = tl.max(finite, 1)
+    if SIGNED:
+        nonzero = finite != 0
+        behind = tl.minimum((largest[:, None] >> 16) - (finite >> 16), 2560)
+        deficit = tl.sum(tl.where(nonzero, behind, 0), 1)
+        count = tl.sum(nonzero.to(tl.int32), 1)
+        peak = (tl.minimum(tl.maximum(largest, 0x0D800000), 0x7E800000) + 0x3FFFF) >> 18
+        spread = (deficit > 307 * count).to(tl.int32) + (deficit > 371 * count).to(tl.int32)
+        spread += (deficit > 422 * count).to(tl.int32) + (deficit > 512 * count).to(tl.int32)
+        spread += (deficit > 627 * count).to(tl.int32) + (deficit > 768 * count).to(tl.int32)
+        spread += (deficit > 896 * count).to(tl.int32)
+        scale = tl.where(largest == 0, 0, (peak << 3) | spread).to(tl.uint32)
+        top, mu, _, _, inverse = _signed_block(scale)
+        r = tl.where(_float(a) < top, _float(a), top)
+        t = 1.0 + mu * _quotient(1.75 * r, top + 0.75 * r)
+        level = ((_bits(t) - 0x3F800000).to(tl.int32).to(tl.float32) * inverse + 0.5).to(tl.int32)
+        code = tl.minimum(level, 127).to(tl.uint32)
+        code = tl.where(code == 0, 0, code | ((_bits(x) >> 24) & 0x80))
+        return tl.where(a >= INFINITY, 0x80, code).to(tl.uint8), scale.to(tl.uint16)
+    smallest = tl.min(tl.where(finite == 0, 0x7FFFFFFF, finite), 1)
+    end = (largest >> 23) + 1
+    begin = tl.maximum(tl.maximum(smallest >> 23, 1), end - 64)
+    scale = tl.where(largest == 0, 0, begin | (tl.maximum(end, 2) << 8)).to(tl.uint32)
+    low, _, inverse = _unsigned_block(scale)
+    above = (tl.maximum(a.to(tl.int32), low.to(tl.int32)) - low.to(tl.int32)).to(tl.float32)
+    level = (above * inverse + _threshold(element, step)).to(tl.int32) + 1
+    code = tl.where(a >= INFINITY, 255, tl.minimum(level, 254))
+    return tl.where(a == 0, 0, code).to(tl.uint8), scale.to(tl.uint16)

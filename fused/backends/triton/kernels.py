@@ -20,6 +20,8 @@ GROUP_SIZE = tl.constexpr(GROUP_WORDS)
 HYPERS, GRAD_SIGN, HYPER_AT, HYPER_FORMAT = (tl.constexpr(word) for word in (8, 8, 9, 17))
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16, REMAINDER16, REMAINDER8 = (tl.constexpr(number) for number in range(1, 7))
+BLOCK8_SIGNED = tl.constexpr(7)  # 8: unsigned
+BLOCK8 = tl.constexpr(32)
 
 
 @triton.jit
@@ -75,8 +77,44 @@ def _store_as(
 
 
 @triton.jit
+def _load_state(
+    row, k: tl.constexpr, offset, mask, numel, FORMAT: tl.constexpr, MASKED: tl.constexpr, DOUBLE: tl.constexpr
+):
+    address = tl.load(row + STATE + k)
+    if FORMAT >= BLOCK8_SIGNED:
+        size: tl.constexpr = offset.shape[0]
+        codes = tl.reshape(_load(address, tl.uint8, offset, mask, MASKED), (size // BLOCK8, BLOCK8))
+        first = tl.min(tl.reshape(offset, (size // BLOCK8, BLOCK8)), 1)
+        scales = _pointer(tl.load(row + SCALE + k), tl.uint16)
+        scale = tl.load(scales + first // BLOCK8, mask=first < numel, other=0)
+        x = formats.blocks8_to_float(codes, scale, FORMAT == BLOCK8_SIGNED)
+        return tl.reshape(x, (size,))
+    return _load_as(address, offset, mask, FORMAT, MASKED, DOUBLE)
+
+
+@triton.jit
+def _store_state(
+    row, k: tl.constexpr, offset, mask, numel, x, random, step,
+    FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    address = tl.load(row + STATE + k)
+    if FORMAT >= BLOCK8_SIGNED:
+        size: tl.constexpr = offset.shape[0]
+        inside = tl.where(mask, x, 0.0) if MASKED else x  # beyond the end nothing may touch a scale
+        element = tl.reshape(offset, (size // BLOCK8, BLOCK8))
+        values = tl.reshape(inside, (size // BLOCK8, BLOCK8))
+        codes, scale = formats.float_to_blocks8(values, element, step, FORMAT == BLOCK8_SIGNED)
+        first = tl.min(element, 1)
+        _store(address, tl.uint8, offset, tl.reshape(codes, (size,)), mask, MASKED)
+        scales = _pointer(tl.load(row + SCALE + k), tl.uint16)
+        tl.store(scales + first // BLOCK8, scale, mask=first < numel)
+    else:
+        _store_as(address, offset, mask, x, random, FORMAT, STOCHASTIC, MASKED)
+
+
+@triton.jit
 def _update_chunk(
-    row, offset, mask, c, factor, stream, step, seed,
+    row, offset, mask, numel, c, factor, stream, step, seed,
     RULE: tl.constexpr, STATES: tl.constexpr, PARAM_FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr,
     MASTER_FORMAT: tl.constexpr, STATE_FORMATS: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -99,13 +137,13 @@ def _update_chunk(
         p = _load_as(param, offset, mask, PARAM_FORMAT, MASKED, double)
     s = ()
     for k in tl.static_range(STATES):
-        s = s + (_load_as(tl.load(row + STATE + k), offset, mask, STATE_FORMATS[k], MASKED, double),)
+        s = s + (_load_state(row, k, offset, mask, numel, STATE_FORMATS[k], MASKED, double),)
 
     p, s = RULE(p, g, s, c)
 
     for k in tl.static_range(STATES):
         random = formats.random_bits(seed, offset, stream, 1 + k, step) if STOCHASTIC else offset.to(tl.uint32)
-        _store_as(tl.load(row + STATE + k), offset, mask, s[k], random, STATE_FORMATS[k], STOCHASTIC, MASKED)
+        _store_state(row, k, offset, mask, numel, s[k], random, step, STATE_FORMATS[k], STOCHASTIC, MASKED)
     random = formats.random_bits(seed, offset, stream, 0, step) if STOCHASTIC else offset.to(tl.uint32)
     if split:
         rounding = random >> 24 if STOCHASTIC else 0 * random + 0x80
@@ -146,15 +184,16 @@ def update(
         step = tl.load(steps + index).to(tl.int64)
         stream = tl.load(row + GROUP) >> 32
         start = tl.load(chunk_starts + tl.program_id(0))
+        numel = tl.load(row + NUMEL)
         offset = tl.multiple_of(start, 16) + tl.arange(0, BLOCK).to(tl.int64)
         if entry & 1:
             _update_chunk(
-                row, offset, offset >= 0, c, factor, stream, step, seed,
+                row, offset, offset >= 0, numel, c, factor, stream, step, seed,
                 RULE, STATES, PARAM_FORMAT, GRAD_FORMAT, MASTER_FORMAT, STATE_FORMATS, STOCHASTIC, False,
             )  # fmt: skip
         else:
             _update_chunk(
-                row, offset, offset < tl.load(row + NUMEL), c, factor, stream, step, seed,
+                row, offset, offset < numel, numel, c, factor, stream, step, seed,
                 RULE, STATES, PARAM_FORMAT, GRAD_FORMAT, MASTER_FORMAT, STATE_FORMATS, STOCHASTIC, True,
             )  # fmt: skip
 
