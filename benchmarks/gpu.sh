@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh
 #
 #   PYTHON=python3       the interpreter; its environment gets the package (or a folder in OUT, where it is read-only)
-#   OUT=gpu-results      logs, JSON, CSV and plots
+#   OUT=benchmarks/out/gpu   logs, JSON, CSV and plots
 #   LIMIT=570            seconds for everything; benchmarks get what the rest leaves
 #   SKIP="sanitizer"     stages to leave out: build tests sanitizer benchmarks
 #   LARGE=1              also the tests of more than 2^31 elements
@@ -16,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-gpu-results}
+OUT=${OUT:-benchmarks/out/gpu}
 LIMIT=${LIMIT:-570}
 SKIP=" ${SKIP:-} "
 PUBLISH=${PUBLISH:-1}

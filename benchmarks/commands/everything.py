@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from .. import ROOT
 from ..report import say, warn
 from ..store import MachineResults
 from .common import add_common
@@ -58,7 +59,7 @@ def plan(quick: bool, gpu: bool) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     from ..__main__ import main
 
-    out: Path = args.out or Path("benchmark-results")
+    out: Path = args.out or ROOT / "benchmarks" / "out"
     skip = set(filter(None, args.skip.split(",")))
     common = ["--device", args.device, "--out", str(out)]
     for flag in ("threads", "backend"):
