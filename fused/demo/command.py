@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = precise.add_argument
     add("--precision", choices=PRECISIONS, default="fp32",
         help="of the parameters (default: fp32; fp16 trains with loss scaling)")  # fmt: skip
-    add("--master", choices=("none", "fp32", "split", "split8"), default="none",
-        help="master weights of bf16 and fp16 parameters (default: none)")  # fmt: skip
+    add("--master", choices=("none", "fp32", "split", "split8"),
+        help="master weights of bf16 and fp16 parameters (default: split)")  # fmt: skip
     add("--state", choices=STATES, help="storage of the optimizer's state (default: the optimizer's choice)")
     add("--inject-overflow", type=_positive(int), metavar="EVERY",
         help="put an infinity into the gradients every so many steps; those steps must be skipped")  # fmt: skip
@@ -183,8 +183,9 @@ def _runs(
 def _fused_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The package's own options, none where torch's behaviour was asked for."""
     options: dict[str, Any] = {}
-    if arguments.master != "none":
-        options["master_weights"] = arguments.master
+    default = "none" if arguments.precision == "fp32" else "split"
+    if (master := arguments.master or default) != "none":
+        options["master_weights"] = master
     if arguments.state is not None:
         options["state_dtype"] = STATES[arguments.state]
     if arguments.clip is not None:
