@@ -98,3 +98,19 @@ def test_update(name, architecture, tmp_path, record_property):
         pytest.fail(f"{key} was not in {TABLE.name}; {registers} registers are recorded now")
     recorded = table["registers"][key]
     assert registers <= recorded, f"{key} takes {registers} registers, {recorded} before"
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_prologue(rule):
+    from fused.backends.triton.ahead import compile_prologue
+
+    assert ".f64" in compile_prologue(rule, 90).asm["ptx"]
+
+
+@pytest.mark.parametrize("grad_format", [Format.FLOAT64, Format.BFLOAT16])
+@pytest.mark.parametrize("maximum", [True, False])
+def test_reduce(grad_format, maximum):
+    """The last program may read what others wrote only after a barrier of the whole device."""
+    from fused.backends.triton.ahead import compile_reduce
+
+    assert "acq_rel" in compile_reduce(int(grad_format), maximum, 90).asm["ptx"]

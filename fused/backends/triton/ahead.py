@@ -42,6 +42,45 @@ def compile_update(formats: Formats, capability: int) -> Any:
         "skip": "*i32",
         "seed": "i64",
     }
-    source = ASTSource(kernels.update, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+    return _compile(kernels.update, types, constants, capability)
+
+
+def compile_prologue(rule: str, capability: int) -> Any:
+    """The prologue of one rule, with a norm, clipping and a loss scale; as :func:`compile_update`."""
+    flags = ("NORM", "SCALE", "FOUND_INF", "GRAD_NORM", "SKIPPED", "UNSCALE")
+    constants = {
+        "CONSTANTS": RULES[rule][0],
+        **{f"HAS_{flag}": True for flag in flags},
+        "NORM_IS_MAX": False,
+        "SKIP_NONFINITE": True,
+        "CLIP": True,
+        "BLOCK": 128,
+    }
+    doubles = ("constants", "factors", "steps", "norm_total", "unscale", "grad_multiplier", "max_norm")
+    types = {
+        **dict.fromkeys(("rows", "members", "groups"), "*i64"),
+        "count": "i32",
+        "skip": "*i32",
+        **dict.fromkeys(doubles, "*fp64"),
+        **dict.fromkeys(("grad_scale", "found_inf", "grad_norm", "skipped"), "*fp32"),
+    }
+    return _compile(kernels.prologue, types, constants, capability)
+
+
+def compile_reduce(grad_format: int, maximum: bool, capability: int) -> Any:
+    """The read of gradients of one format; as :func:`compile_update`."""
+    constants = {"MAXIMUM": maximum, "GRAD_FORMAT": grad_format, "BLOCK": CHUNK, "LANES": 1024}
+    types = {
+        **dict.fromkeys(("rows", "chunk_rows", "chunk_starts"), "*i64"),
+        **dict.fromkeys(("first", "row_count", "live_rows"), "i32"),
+        **dict.fromkeys(("partials", "row_values", "total"), "*fp64"),
+        "counters": "*i32",
+    }
+    return _compile(kernels.reduce, types, constants, capability)
+
+
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+    ordered = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    source = ASTSource(kernel, ordered, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
