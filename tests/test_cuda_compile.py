@@ -83,11 +83,13 @@ def readable(mangled: str) -> str:
     plain = re.sub(r"_GLOBAL__N__\w*?cu_[0-9a-f]{8}(_?\d+)?", "", mangled)
     kernel = re.search(r"(update_\w+?|prologue|reduce|write_words|list_pieces)(?=I|E|P|N)", plain)
     assert kernel is not None, mangled
-    rule = re.search(r"INS_\d+(\w+?)(?:I((?:Lb[01]E)+)E)?EEvNS", plain)
+    rule = re.search(r"INS_(\d+)(.*)", plain[kernel.end() :])
     if rule is None:
         return kernel[1]
-    flags = ",".join(re.findall(r"Lb([01])", rule[2] or ""))
-    return f"{kernel[1]} {rule[1]}" + (f"<{flags}>" if flags else "")
+    length = int(rule[1])
+    arguments = re.match(r"I((?:Lb[01]E)+)E", rule[2][length:])
+    flags = ",".join(re.findall(r"Lb([01])", arguments[1])) if arguments else ""
+    return f"{kernel[1]} {rule[2][:length]}" + (f"<{flags}>" if flags else "")
 
 
 def compile_all(folder: Path) -> Report:

@@ -521,12 +521,12 @@ def run_selection(kernels: CudaOnCpu) -> None:
         kernels.order(order)
         dtype, grad_dtype, more = STORAGE[storage]
         assert_same(*both(fused.AdamW, {"lr": 0.01, **more, **options}, (1, 7, 1025, 2049, 70_001), dtype, grad_dtype))
-    for order in (FORWARD, REVERSE, RANDOM):
+    for order, dtype in itertools.product((FORWARD, REVERSE, RANDOM), (F32, F64)):
         kernels.order(order)
-        params = make_params((300, 40_000), F32)
+        params = make_params((300, 40_000), dtype)
         optimizer = fused.SGD(params, lr=0.0, max_grad_norm=1.0, skip_nonfinite=True)
         for step in (0, 2):
-            set_grads(params, F32, step)
+            set_grads(params, dtype, step)
             optimizer.step()
             expected = torch.cat([p.grad.double() for p in params if p.grad is not None]).norm().item()
             assert optimizer.grad_norm is not None

@@ -29,8 +29,15 @@ enum class Reuse { kOnce, kAgain };  // whether another kernel soon reads the sa
 
 template <Reuse REUSE, class T>
 __device__ __forceinline__ T load_word(const T* address) {
+  // Named as global memory: an address out of a table could be any to the compiler.
   if constexpr (REUSE == Reuse::kOnce) return __ldcs(address);
-  else return *address;
+  else return __ldcg(address);
+}
+
+template <Reuse REUSE, class T>
+__device__ __forceinline__ void store_word(T* address, T value) {
+  if constexpr (REUSE == Reuse::kOnce) __stcs(address, value);
+  else __stcg(address, value);
 }
 
 // Elements [0, count) at `address`; the others become zero.
@@ -57,10 +64,7 @@ __device__ __forceinline__ void store_raw(Raw* address, int count, const Raw (&i
     W words[kBytes / kWord];
     memcpy(words, in, kBytes);
 #pragma unroll
-    for (int w = 0; w < kBytes / kWord; ++w) {
-      if constexpr (REUSE == Reuse::kOnce) __stcs(reinterpret_cast<W*>(address) + w, words[w]);
-      else reinterpret_cast<W*>(address)[w] = words[w];
-    }
+    for (int w = 0; w < kBytes / kWord; ++w) store_word<REUSE>(reinterpret_cast<W*>(address) + w, words[w]);
   } else {
 #pragma unroll
     for (int j = 0; j < V; ++j)

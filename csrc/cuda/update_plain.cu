@@ -33,7 +33,7 @@ __device__ __forceinline__ void update_vectors(const Operands<Rule>& at, int n, 
       if (i + kVector > n) break;
       if constexpr (ALIGNED) {
         const auto take = [](float(&to)[kVector], const float4& from) { memcpy(to, &from, sizeof to); };
-        take(p[u], *reinterpret_cast<const float4*>(at.param + i));
+        take(p[u], __ldcg(reinterpret_cast<const float4*>(at.param + i)));
         take(g[u], __ldcs(reinterpret_cast<const float4*>(at.grad + i)));
 #pragma unroll
         for (int k = 0; k < S; ++k) take(s[u][k], __ldcs(reinterpret_cast<const float4*>(at.state[k] + i)));
@@ -58,7 +58,7 @@ __device__ __forceinline__ void update_vectors(const Operands<Rule>& at, int n, 
         for (int k = 0; k < S; ++k) s[u][k][j] = v[k];
       }
       if constexpr (ALIGNED) {
-        const auto give = [](float4* to, const float(&from)[kVector]) { *to = make_float4(from[0], from[1], from[2], from[3]); };
+        const auto give = [](float4* to, const float(&from)[kVector]) { __stcg(to, make_float4(from[0], from[1], from[2], from[3])); };
         give(reinterpret_cast<float4*>(at.param + i), p[u]);
 #pragma unroll
         for (int k = 0; k < S; ++k)

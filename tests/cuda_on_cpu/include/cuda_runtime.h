@@ -73,6 +73,10 @@ void __stcs(T* address, T value) {
   cuda_on_cpu::require_aligned(address);
   *address = value;
 }
+template <class T>
+void __stcg(T* address, T value) {
+  __stcs(address, value);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, int line = __builtin_LINE()) {
