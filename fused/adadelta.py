@@ -39,7 +39,7 @@ class Adadelta(FusedOptimizer):
         ``step``, ``square_avg``, ``acc_delta``.
 
     Numerics:
-        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp per step.
+        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp each.
 
     Raises:
         ValueError: a hyperparameter is out of range; the message has its name and value.

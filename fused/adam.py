@@ -42,7 +42,7 @@ class Adam(FusedOptimizer):
         ``step`` (float32, no dimensions), ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` ``max_exp_avg_sq``.
 
     Numerics:
-        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp per step.
+        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp each.
 
     Raises:
         ValueError: a hyperparameter is out of range; the message has its name and value.

@@ -40,7 +40,7 @@ class RMSprop(FusedOptimizer):
         ``step``, ``square_avg``, if ``centered`` ``grad_avg``, if ``momentum`` is above 0 ``momentum_buffer``.
 
     Numerics:
-        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp per step,
+        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp each,
         but where ``centered`` cancels digits: there the difference of the two averages is as exact as float32 has it.
 
     Raises:

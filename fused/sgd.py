@@ -40,7 +40,7 @@ class SGD(FusedOptimizer):
         dampening, and with stochastic rounding.
 
     Numerics:
-        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp per step.
+        float32 arithmetic (float64 for float64), in torch.optim's order of operations: results within a few ulp each.
 
     Raises:
         ValueError: a hyperparameter is out of range; the message has its name and value.
