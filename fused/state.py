@@ -37,6 +37,11 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def real(tensor: Tensor) -> Tensor:
+    """Complex tensors as pairs of reals."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def initialize(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """Fills in what the state of ``param`` lacks, and returns it."""
     state: dict[str, Any] = optimizer.state[param]
@@ -206,4 +211,15 @@ def state_bytes(state: dict[str, Any]) -> dict[str, int]:
     }
 
 
-__all__ = ["MASTER", "REMAINDER", "SCALE", "Saved", "blocks8", "in_memory_order", "initialize", "local", "restore"]
+__all__ = [
+    "MASTER",
+    "REMAINDER",
+    "SCALE",
+    "Saved",
+    "blocks8",
+    "in_memory_order",
+    "initialize",
+    "local",
+    "real",
+    "restore",
+]

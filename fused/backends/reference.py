@@ -18,7 +18,7 @@ from ..optimizer import parameter_name
 from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Storage
 from ..rules import Rule
-from ..state import local
+from ..state import local, real
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -188,7 +188,7 @@ class Batch:
         for index, _, _, param in self.members:
             if param.grad is None or param.grad.numel() == 0:
                 continue
-            grad = _real(local(param.grad.detach()))
+            grad = real(local(param.grad.detach()))
             magnitude = grad.to(self.wide).abs()
             value = magnitude.amax() if norm_type == float("inf") else magnitude.square().sum()
             self.row_values[index] = torch.stack((value, (~grad.isfinite()).any().to(self.wide)))
@@ -221,7 +221,7 @@ class Batch:
         operands = _Operands(local(param), state, rule, storage, index, seed)
         p, grad = operands.load_param(), param.grad
         assert grad is not None
-        g = _real(local(grad).resolve_conj()).to(p.dtype)
+        g = real(local(grad).resolve_conj()).to(p.dtype)
         if group.get("maximize"):
             factor = -factor
         if isinstance(factor, Tensor):
@@ -285,10 +285,6 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 class _Operands:
     """One parameter and its state, from storage to arithmetic and back."""
 
@@ -303,7 +299,7 @@ class _Operands:
             return local(self.state[state_storage.MASTER])
         if state_storage.REMAINDER in self.state:
             return formats.join_master(self.param, local(self.state[state_storage.REMAINDER])).view(self.param.shape)
-        return _wide(_real(self.param))
+        return _wide(real(self.param))
 
     def load_states(self) -> States:
         return [self._load_state(name) for name in self.rule.states]
@@ -311,7 +307,7 @@ class _Operands:
     def _load_state(self, name: str) -> Tensor:
         value = local(self.state[name])
         if value.dtype != torch.uint8:
-            return _wide(_real(value))
+            return _wide(real(value))
         flat = state_storage.in_memory_order(value)
         wide = formats.decode_blocks8(flat, self.state[name + state_storage.SCALE], name not in self.rule.nonnegative)
         return wide.as_strided(value.shape, value.stride())
@@ -322,7 +318,7 @@ class _Operands:
             if target.dtype == torch.uint8:
                 self._store_blocks8(name, target, value, step, skip)
             else:
-                _assign(_real(target), self._rounded(value, target.dtype, 1 + k, step), skip)
+                _assign(real(target), self._rounded(value, target.dtype, 1 + k, step), skip)
         if state_storage.MASTER in self.state:
             _assign(local(self.state[state_storage.MASTER]), param, skip)
             _assign(self.param, param.to(self.param.dtype), skip)
@@ -334,7 +330,7 @@ class _Operands:
             _assign(self.param, high.view(param.shape), skip)
             _assign(remainder, low.view(param.shape), skip)
         else:
-            _assign(_real(self.param), self._rounded(param, self.param.dtype, 0, step), skip)
+            _assign(real(self.param), self._rounded(param, self.param.dtype, 0, step), skip)
 
     def _rounded(self, value: Tensor, dtype: torch.dtype, operand: int, step: Number) -> Tensor:
         if not self.storage.stochastic_rounding or dtype not in (torch.bfloat16, torch.float16):

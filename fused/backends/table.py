@@ -15,7 +15,7 @@ from ..optimizer import parameter_name
 from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Format, Storage
 from ..rules import RULES, Hyper
-from ..state import local
+from ..state import local, real
 from . import extension
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ class TableBatch:
             return
         state = state_storage.initialize(self.optimizer, group, param)
         storage = Storage.of(group)
-        value, grad = _real(local(param.detach())), local(param.grad.detach())
+        value, grad = real(local(param.detach())), local(param.grad.detach())
         if grad.is_conj():
             grad = grad.resolve_conj()
             self.staged.setdefault(index, []).append(grad)
-        grad = _real(grad)
+        grad = real(grad)
         dense = self._dense(index, value)
         direct = plain and dense is value
         if dense is not value:
@@ -188,14 +188,9 @@ class TableBatch:
         raise NotImplementedError
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Complex tensors as pairs of reals."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:
     """A state tensor with the strides of its parameter, replaced in ``state`` by a copy where it has others."""
-    value = _real(local(state[name]))
+    value = real(local(state[name]))
     if same_strides(value, dense):
         return value
     copy = torch.empty_like(dense, dtype=value.dtype).copy_(value)
