@@ -1,11 +1,20 @@
-"""Checks of hyperparameters, with the messages of torch.optim."""
+"""Checks of hyperparameters, with the messages of torch.optim, and of what a step finds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from . import state as state_storage
+from .optimizer import parameter_name
+from .precision import FORMAT_OF_DTYPE, Storage
+from .state import local
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
 
 
 def check_lr(lr: float | Tensor, *, foreach: bool | None = None, capturable: bool = False) -> None:
@@ -53,3 +62,33 @@ def check_implementation(foreach: Any, fused: Any, differentiable: bool) -> None
         raise RuntimeError("`fused` does not support `differentiable`")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_row(optimizer: FusedOptimizer, group: dict[str, Any], index: int, param: Tensor) -> None:
+    """Raises where a parameter, its gradient or its state has no step, naming the parameter.
+
+    Args:
+        optimizer: the parameter's.
+        group: the parameter's.
+        index: within the group.
+        param: the parameter.
+    """
+    grad = param.grad
+    if grad is None:
+        return
+    name = parameter_name(group, index)
+    if grad.layout != torch.strided:
+        kind = type(optimizer).__name__
+        raise RuntimeError(f"{kind} does not support sparse gradients ({grad.layout} of {name})")
+    if grad.shape != param.shape or local(grad).device != local(param).device:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, "
+            f"its parameter {tuple(param.shape)} on {param.device}"
+        )
+    for kind, tensor in (("parameter", param), ("gradient", grad)):
+        if tensor.dtype not in FORMAT_OF_DTYPE:
+            raise RuntimeError(f"the {kind} of {name} has dtype {tensor.dtype}, which has no optimizer step")
+    if param.is_conj():
+        raise RuntimeError(f"{name} is a conjugated view; make it with resolve_conj()")
+    Storage.of(group).check(param, name)
+    state_storage.check_shapes(optimizer.state.get(param, {}), optimizer._rule(group), param, name)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import formats
 from .. import state as state_storage
-from ..optimizer import parameter_name
 from ..plan import Control
-from ..precision import FORMAT_OF_DTYPE, Storage
+from ..precision import Storage
 from ..rules import Rule
 from ..state import local, real
+from ..validation import check_row
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -167,20 +167,8 @@ class Batch:
         return True
 
     def _check(self, group: dict[str, Any], i: int, param: Tensor) -> None:
-        grad = param.grad
-        if grad is None:
-            return
-        name = parameter_name(group, i)
-        if grad.layout != torch.strided:
-            kind = type(self.optimizer).__name__
-            raise RuntimeError(f"{kind} does not support sparse gradients ({grad.layout} of {name})")
-        for kind, tensor in (("parameter", param), ("gradient", grad)):
-            if tensor.dtype not in FORMAT_OF_DTYPE:
-                raise RuntimeError(f"the {kind} of {name} has dtype {tensor.dtype}, which has no optimizer step")
-        if param.is_conj():
-            raise RuntimeError(f"{name} is a conjugated view; make it with resolve_conj()")
-        Storage.of(group).check(param, name)
-        state_storage.check_shapes(self.optimizer.state.get(param, {}), self.optimizer._rule(group), param, name)
+        """Raises where a parameter cannot be stepped, before anything is changed."""
+        check_row(self.optimizer, group, i, param)
 
     def reduce(self, norm_type: float) -> Tensor:
         """One pass over the gradients; see :class:`fused.plan.Batch`."""

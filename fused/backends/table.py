@@ -16,6 +16,7 @@ from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Format, Storage
 from ..rules import RULES, Hyper
 from ..state import local, real
+from ..validation import check_row
 from . import extension
 
 if TYPE_CHECKING:
@@ -81,29 +82,8 @@ class TableBatch:
 
     def _check(self, index: int) -> None:
         """Raises where a row cannot be stepped, before anything is changed."""
-        g, _, param = self.members[index]
-        grad = param.grad
-        if grad is None:
-            return
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__} does not support sparse gradients "
-                f"({grad.layout} of {self._name(index)})"
-            )
-        if grad.shape != param.shape or local(grad).device != self.device:
-            raise RuntimeError(
-                f"the gradient of {self._name(index)} has shape {tuple(grad.shape)} on {grad.device}, "
-                f"its parameter {tuple(param.shape)} on {param.device}"
-            )
-        for kind, tensor in (("parameter", param), ("gradient", grad)):
-            if tensor.dtype not in FORMAT_OF_DTYPE:
-                raise RuntimeError(
-                    f"the {kind} of {self._name(index)} has dtype {tensor.dtype}, which has no optimizer step"
-                )
-        if param.is_conj():
-            raise RuntimeError(f"{self._name(index)} is a conjugated view; make it with resolve_conj()")
-        Storage.of(self.optimizer.param_groups[g]).check(param, self._name(index))
-        state_storage.check_shapes(self.optimizer.state.get(param, {}), self.rules[g], param, self._name(index))
+        g, i, param = self.members[index]
+        check_row(self.optimizer, self.optimizer.param_groups[g], i, param)
 
     def _bind(self, index: int) -> None:
         """Describes one row to the table, initializing state where there is none."""
