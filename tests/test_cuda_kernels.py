@@ -500,7 +500,7 @@ PLANTED = {
     "tail-off-by-one": ("update_plain.cu", "if (i >= n) return;", "if (i >= n - 1) return;"),
     "round-too-short": ("update_mixed.cu", "round < n; round +=", "round < n - 1; round +="),
     "lane-mask": (
-        "update_mixed.cu",
+        "operands.h",
         "__shfl_xor_sync(0xffffffffu, value, lanes, kBlockLanes)",
         "__shfl_xor_sync(0x00ffffffu, value, lanes, kBlockLanes)",
     ),

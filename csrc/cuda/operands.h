@@ -1,0 +1,205 @@
+// A thread's elements in float32, whatever they are stored as: parameters with masters or remainders, states in 16 or 8 bits.
+// The formats of a row are the same for all threads of a block, so each is a branch that the whole block takes: formats
+// add up instead of multiplying the kernels.
+#pragma once
+
+#include "memory.h"
+
+namespace fused::cuda {
+
+constexpr int kVector = 8;  // elements per thread: 16 bytes of a 16-bit format
+constexpr int kBlockLanes = kBlock8 / kVector;  // neighbouring lanes that hold one 8-bit block
+static_assert(kChunk % (kThreads * kVector) == 0 && kWarp % kBlockLanes == 0, "");
+
+// What a thread works on: elements [begin, begin + count) of a tensor.
+struct Place {
+  int64_t begin;
+  int count;
+};
+
+// How an operand is rounded: to nearest, or with 32 random bits for each of the thread's elements, as the CPU draws them.
+struct Rounding {
+  bool stochastic;
+  uint32_t random[kVector];
+};
+
+__device__ __forceinline__ Rounding rounding_of(const TensorRow& row, uint8_t format, uint32_t operand, uint64_t seed,
+                                                uint32_t step, const Place& at) {
+  Rounding rounding = {};
+  rounding.stochastic = row.stochastic && (format == kBFloat16 || format == kFloat16 || format == kRemainder8);
+  if (rounding.stochastic) {
+#pragma unroll
+    for (int q = 0; q < kVector / 4; ++q) {
+      const Random4 r = philox(seed, uint64_t(at.begin) / 4 + q, operand_stream(row.stream, operand), step);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) rounding.random[4 * q + w] = r.word[w];
+    }
+  }
+  return rounding;
+}
+
+template <Reuse REUSE, class Raw, class Convert>
+__device__ __forceinline__ void store_as(void* base, const Place& at, const float (&x)[kVector], Convert convert) {
+  Raw raw[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) raw[j] = convert(x[j], j);
+  store_raw<REUSE>(static_cast<Raw*>(base) + at.begin, at.count, raw);
+}
+
+// Values in a format with no state of its own.
+template <Reuse REUSE>
+__device__ __forceinline__ void store(uint8_t format, void* base, const Place& at, const float (&x)[kVector], const Rounding& r) {
+  using Half = unsigned short;
+  if (format == kFloat32) {
+    store_as<REUSE, float>(base, at, x, [](float v, int) { return v; });
+  } else if (format == kBFloat16) {
+    if (!r.stochastic) return store_as<REUSE, Half>(base, at, x, [](float v, int) { return float_to_bf16(v); });
+    store_as<REUSE, Half>(base, at, x, [&](float v, int j) { return float_to_bf16_stochastic(v, r.random[j]); });
+  } else {
+    if (!r.stochastic) return store_as<REUSE, Half>(base, at, x, [](float v, int) { return float_to_fp16(v); });
+    store_as<REUSE, Half>(base, at, x, [&](float v, int j) { return float_to_fp16_stochastic(v, r.random[j]); });
+  }
+}
+
+// ---- parameters, with their masters or remainders ----
+
+template <class Low, class Join>
+__device__ __forceinline__ void join(const TensorRow& row, const Place& at, float (&x)[kVector], Join f) {
+  unsigned short high[kVector];
+  Low low[kVector];
+  load_raw<Reuse::kAgain>(static_cast<const unsigned short*>(row.param) + at.begin, at.count, high);
+  load_raw<Reuse::kOnce>(static_cast<const Low*>(row.master) + at.begin, at.count, low);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) x[j] = f(high[j], low[j]);
+}
+
+__device__ __forceinline__ void load_param(const TensorRow& row, const Place& at, float (&x)[kVector]) {
+  const bool bf16 = row.param_format == kBFloat16;
+  switch (row.master_format) {
+    case kFloat32:
+      return load<Reuse::kOnce>(kFloat32, row.master, at.begin, at.count, x);
+    case kRemainder16:
+      if (bf16) return join<int16_t>(row, at, x, [](uint16_t p, int16_t r) { return join16_bf16(p, r); });
+      return join<int16_t>(row, at, x, [](uint16_t p, int16_t r) { return join16_fp16(p, r); });
+    case kRemainder8:
+      if (bf16) return join<int8_t>(row, at, x, [](uint16_t p, int8_t r) { return join8_bf16(p, r); });
+      return join<int8_t>(row, at, x, [](uint16_t p, int8_t r) { return join8_fp16(p, r); });
+    default:
+      return load<Reuse::kAgain>(row.param_format, row.param, at.begin, at.count, x);
+  }
+}
+
+template <class Low, class Split>
+__device__ __forceinline__ void split(const TensorRow& row, const Place& at, const float (&x)[kVector], Split f) {
+  unsigned short high[kVector];
+  Low low[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const auto parts = f(x[j], j);
+    high[j] = parts.param;
+    low[j] = parts.remainder;
+  }
+  store_raw<Reuse::kAgain>(static_cast<unsigned short*>(row.param) + at.begin, at.count, high);
+  store_raw<Reuse::kOnce>(static_cast<Low*>(row.master) + at.begin, at.count, low);
+}
+
+__device__ __forceinline__ void store_param(const TensorRow& row, const Place& at, const float (&x)[kVector], const Rounding& r) {
+  const bool bf16 = row.param_format == kBFloat16;
+  switch (row.master_format) {
+    case kFloat32:
+      store_as<Reuse::kOnce, float>(row.master, at, x, [](float v, int) { return v; });
+      break;
+    case kRemainder16:
+      if (bf16) return split<int16_t>(row, at, x, [](float v, int) { return split16_bf16(v); });
+      return split<int16_t>(row, at, x, [](float v, int) { return split16_fp16(v); });
+    case kRemainder8: {
+      const auto round = [&](int j) { return r.stochastic ? r.random[j] >> 24 : 0x80u; };
+      if (bf16) return split<int8_t>(row, at, x, [&](float v, int j) { return split8_bf16(v, round(j)); });
+      return split<int8_t>(row, at, x, [&](float v, int j) { return split8_fp16(v, round(j)); });
+    }
+    default:
+      break;
+  }
+  store<Reuse::kAgain>(row.param_format, row.param, at, x, r);
+}
+
+// ---- states, with their block scales ----
+
+__device__ __forceinline__ bool is_block8(uint8_t format) { return format == kBlock8Signed || format == kBlock8Unsigned; }
+
+template <class Block>
+__device__ __forceinline__ void decode(const uint8_t (&code)[kVector], const Block& block, float (&x)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) x[j] = block8_decode(code[j], block);
+}
+
+__device__ __forceinline__ void load_state(const TensorRow& row, int k, const Place& at, float (&x)[kVector]) {
+  const uint8_t format = row.state_format[k];
+  if (!is_block8(format)) return load<Reuse::kOnce>(format, row.state[k], at.begin, at.count, x);
+  uint8_t code[kVector];
+  load_raw<Reuse::kOnce>(static_cast<const uint8_t*>(row.state[k]) + at.begin, at.count, code);
+  const uint16_t scale = at.count > 0 ? static_cast<const uint16_t*>(row.scale[k])[at.begin / kBlock8] : uint16_t(0);
+  if (format == kBlock8Signed) decode(code, block8_signed(scale), x);
+  else decode(code, block8_unsigned(scale), x);
+}
+
+// Combines a value over the lanes that hold one block. All lanes of a warp take part, also those past the end of the
+// tensor, which have nothing to contribute.
+template <class T, class Join>
+__device__ __forceinline__ T over_block(T value, Join join) {
+#pragma unroll
+  for (int lanes = kBlockLanes / 2; lanes > 0; lanes /= 2)
+    value = join(value, __shfl_xor_sync(0xffffffffu, value, lanes, kBlockLanes));
+  return value;
+}
+
+__device__ __forceinline__ uint16_t encode_signed(const Place& at, const float (&x)[kVector], uint8_t (&code)[kVector]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
+    largest = a > largest ? a : largest;
+  }
+  largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+  int32_t deficit = 0, nonzero = 0;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
+    deficit += block8_deficit(a, largest);
+    nonzero += int32_t(a != 0u);
+  }
+  deficit = over_block(deficit, [](int32_t a, int32_t b) { return a + b; });
+  nonzero = over_block(nonzero, [](int32_t a, int32_t b) { return a + b; });
+  const uint16_t scale = block8_scale_signed(largest, deficit, nonzero);
+  const Block8Signed block = block8_signed(scale);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block);
+  return scale;
+}
+
+__device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float (&x)[kVector], uint8_t (&code)[kVector],
+                                                    uint32_t step) {
+  uint32_t smallest = kMagnitude, largest = 0;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
+    smallest = a != 0u && a < smallest ? a : smallest;
+    largest = a > largest ? a : largest;
+  }
+  smallest = over_block(smallest, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
+  largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+  const uint16_t scale = block8_scale_unsigned(smallest, largest);
+  const Block8Unsigned block = block8_unsigned(scale);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block, block8_threshold(uint32_t(at.begin) + uint32_t(j), step));
+  return scale;
+}
+
+__device__ __forceinline__ void store_block8(const TensorRow& row, int k, const Place& at, const float (&x)[kVector], uint32_t step) {
+  uint8_t code[kVector];
+  const uint16_t scale = row.state_format[k] == kBlock8Signed ? encode_signed(at, x, code) : encode_unsigned(at, x, code, step);
+  if (at.count > 0 && at.begin % kBlock8 == 0) static_cast<uint16_t*>(row.scale[k])[at.begin / kBlock8] = scale;
+  store_raw<Reuse::kOnce>(static_cast<uint8_t*>(row.state[k]) + at.begin, at.count, code);
+}
+
+}  // namespace fused::cuda
