@@ -86,7 +86,7 @@ py::list Accumulation::look_up(Py_ssize_t index) {
     if (grad.is_none()) continue;
     TensorView view;
     const bool known = rows_[i].param_format != kNone && is_plain(grad.ptr()) && view_of(grad.ptr(), view);
-    if (!known || !view.same_place(views_[i]) || view.numel == 0) {
+    if (!known || !view.same_place(views_[i]) || view.numel == 0 || (view.numel == 1 && is_negated(grad.ptr()))) {
       attention.append(i);
       continue;
     }

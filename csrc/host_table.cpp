@@ -121,6 +121,13 @@ bool view_of(PyObject* tensor, TensorView& view) {
   return view.format != kNone;
 }
 
+bool is_negated(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const py::object result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+  if (!result) throw py::error_already_set();
+  return result.ptr() == Py_True;
+}
+
 HostTable::HostTable(py::list hyper_names_by_rule) {
   for (const py::handle rule : hyper_names_by_rule) {
     std::vector<HyperName> names;
@@ -210,6 +217,7 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
   const void* address = nullptr;
   if (!grad.is_none()) {
     if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;
+    if (view.numel == 1 && is_negated(grad.ptr())) return false;
     address = view.numel != 0 ? view.data : kNoElements;
     if (row.grad_format != view.format) {
       row.grad_format = view.format;

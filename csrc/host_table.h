@@ -33,6 +33,9 @@ struct TensorView {
 // Reads a torch tensor without creating Python objects. False: it has none of the known dtypes, too many dimensions, or
 // cannot be exported, and Python has to look at it.
 bool view_of(PyObject* tensor, TensorView& view);
+// Whether a tensor stands for the negated elements of its memory, which its view does not show. Autograd leaves such
+// gradients (imaginary parts of conjugated tensors) where they are dense, which is where they have one element.
+bool is_negated(PyObject* tensor);
 
 class HostTable {
  public:

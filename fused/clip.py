@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from . import sharding
 from .backends import extension
 from .precision import FORMAT_OF_DTYPE
-from .state import local
+from .state import local, real
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -281,7 +281,7 @@ class Gradients:
 
     def scale_rest(self, factor: Tensor) -> None:
         for (device, dtype), tensors in _by_place(self.rest).items():
-            there = factor.to(device, torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
+            there = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
             torch._foreach_mul_(tensors, there)
 
     def unscale(self, factor: Tensor) -> dict[torch.device, Tensor]:
@@ -292,7 +292,7 @@ class Gradients:
         for groups, tensors in self._divided():
             for (device, _), alike in _by_place(tensors).items():
                 flag = torch.zeros((), device=device)
-                torch._amp_foreach_non_finite_check_and_unscale_([_real(x) for x in alike], flag, factor.to(device))
+                torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, factor.to(device))
                 sharding.all_reduce(flag, groups, maximum=True)
                 found[device] = torch.maximum(found[device], flag) if device in found else flag
         return found
@@ -320,8 +320,7 @@ def _sum(tensors: list[Tensor], maximum: bool) -> Tensor:
     total: Tensor | None = None
     for (device, _), alike in _by_place(tensors).items():
         if device.type == "cpu" and extension is not None and not torch.compiler.is_compiling():
-            plain = [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in alike]
-            part = _sum_on_cpu(extension.GradientRows(plain, False), maximum)
+            part = _sum_on_cpu(extension.GradientRows([tensor.contiguous() for tensor in alike], False), maximum)
         else:
             part = _sum_in_torch(alike, maximum)
         total = part if total is None else _add(total, part, maximum)
@@ -333,7 +332,7 @@ def _sum_in_torch(tensors: list[Tensor], maximum: bool) -> Tensor:
     order = float("inf") if maximum else 2.0
     wide = _wide_dtype(tensors[0].device)
     norms = [
-        torch.linalg.vector_norm(_real(tensor), order, dtype=wide)
+        torch.linalg.vector_norm(tensor, order, dtype=wide)
         for tensor in tensors
         if tensor.numel() != 0
     ]
@@ -354,10 +353,15 @@ def _add(total: Tensor, part: Tensor, maximum: bool) -> Tensor:
 
 
 def _by_place(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """This process's parts, by device and dtype."""
+    """This process's parts as their reals lie in memory, by device and dtype.
+
+    The signs that a conjugated or negated view puts before some of them change no norm, and no scaling or clamping.
+    """
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         part = local(tensor)
+        part = part.conj() if part.is_conj() else part
+        part = real(torch._neg_view(part) if part.is_neg() else part)
         found.setdefault((part.device, part.dtype), []).append(part)
     return found
 
@@ -366,13 +370,5 @@ def _wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 def _wide(tensor: Tensor) -> Tensor:
-    return _real(tensor).to(_wide_dtype(tensor.device)) if not tensor.is_complex() else tensor.to(torch.complex128)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.to(torch.complex128 if tensor.is_complex() else _wide_dtype(tensor.device))

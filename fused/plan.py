@@ -52,11 +52,13 @@ class Batch(Protocol):
 
     Attributes:
         device: of the parameters.
+        again: an earlier batch updates the same parameters.
         row_values: float64 ``(parameters of the optimizer, 2)``, written by ``reduce``: sum of squares or largest
             magnitude of each gradient, and whether it holds an infinity or NaN; zero where this batch has no gradient.
     """
 
     device: torch.device
+    again: bool
     row_values: Tensor
 
     def refresh(self) -> bool:
@@ -102,6 +104,8 @@ class Plan:
             return
         control = self._control(grad_multiplier)
         for batch in self.batches:
+            if batch.again:
+                batch.refresh()  # what it copies to another layout has changed
             batch.update(control if len(self.batches) == 1 else _on_device(control, batch.device))
 
     def _refresh(self) -> None:

@@ -172,6 +172,17 @@ def test_other_layouts_and_complex(path: str) -> None:
     torch.testing.assert_close(wave.grad, 2 * turn)
 
 
+def test_negated_gradients(path: str) -> None:
+    phase = torch.nn.Parameter(torch.zeros(()))
+    accumulator = fused.GradientAccumulator([phase], average=False)
+    for _ in range(2):
+        phase.grad = torch.complex(torch.ones(()), torch.full((), 3.0)).conj().imag
+        assert phase.grad.is_neg()
+        accumulator.accumulate()
+    accumulator.finish()
+    assert float(phase.grad) == -6.0
+
+
 def test_errors(path: str) -> None:
     embedding = torch.nn.Parameter(torch.zeros(4))
     dense = torch.nn.Parameter(torch.zeros(4))

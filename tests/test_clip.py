@@ -153,6 +153,30 @@ def test_complex_gradients(path: str) -> None:
         fused.clip_grad_value_(params, 0.1)
 
 
+def test_conjugated_and_negated_gradients(path: str) -> None:
+    def make() -> list[torch.nn.Parameter]:
+        z = torch.tensor([3.0 + 4.0j, 1.0 - 2.0j, 0.5j])
+        return [parameter(z.clone().conj()), parameter(z.clone().conj().imag), parameter(z[1].clone().conj().imag)]
+
+    expected = math.sqrt(30.25 + 20.25 + 4.0)
+    for norm_type in (2.0, 3.0):
+        params = make()
+        before = [grad.resolve_conj().resolve_neg() for grad in grads_of(params)]
+        assert params[0].grad.is_conj() and params[1].grad.is_neg() and params[2].grad.is_neg()
+        norm = fused.clip_grad_norm_(params, 0.5, norm_type)
+        if norm_type == 2.0:
+            assert float(norm) == pytest.approx(expected, rel=1e-6)
+        for grad, old in zip(grads_of(params), before, strict=True):
+            torch.testing.assert_close(grad.resolve_conj().resolve_neg(), old * (0.5 / (float(norm) + 1e-6)))
+    params = make()
+    assert clip.Gradients(params, of_params=True).unscale(torch.tensor(0.25))[torch.device("cpu")] == 0.0
+    for grad, old in zip(grads_of(params), before, strict=True):
+        torch.testing.assert_close(grad.resolve_conj().resolve_neg(), old * 0.25)
+    real = make()[1:]
+    fused.clip_grad_value_(real, 0.75)
+    assert real[0].grad.tolist() == [-0.75, 0.75, -0.5] and float(real[1].grad) == 0.75
+
+
 @pytest.mark.parametrize("bad", [INF, -INF, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [2.0, INF])

@@ -11,6 +11,8 @@ from conftest import Backend
 from oracle import Oracle, assign_gradient, make_params, random_gradient, set_gradients
 from torch import Tensor
 
+import fused
+
 Layout = Callable[[Tensor], Tensor]
 
 
@@ -143,6 +145,73 @@ def test_conjugated_complex_gradients(dtype: torch.dtype, backend: Backend) -> N
         case.make([p], backend=backend.name).step()
         case.make([plain], backend=backend.name).step()
         assert torch.equal(p, plain), case.name
+
+
+def test_negated_gradients(backend: Backend) -> None:
+    """A view that stands for the negated memory, as autograd leaves where a parameter is the imaginary part of z*."""
+    for case in CASES:
+        p, plain = (torch.nn.Parameter(torch.full((), 0.5, device=backend.device)) for _ in range(2))
+        optimizer, expected = case.make([p], backend=backend.name), case.make([plain], backend=backend.name)
+        for negated in (False, True, True, False):  # the address alone does not tell
+            for x in (p, plain):
+                x.grad = None
+                z = torch.complex(torch.ones_like(x), x) * 1j
+                (z.conj().imag if negated else z.imag).mul(2.0 - 3.0 * x).backward()
+            assert p.grad is not None and plain.grad is not None
+            p.grad = p.grad if not negated else torch._neg_view(-p.grad)
+            plain.grad = plain.grad.resolve_neg()
+            assert p.grad.is_neg() == negated
+            optimizer.step()
+            expected.step()
+            assert torch.equal(p, plain), case.name
+    p = torch.nn.Parameter(torch.zeros((), device=backend.device))
+    (torch.complex(p + 1.0, p).conj() * (1 + 2j)).real.backward()
+    fused.SGD([p], lr=1.0, backend=backend.name).step()
+    assert float(p) == -3.0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "with_gaps", "misaligned"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
+def test_a_parameter_that_stands_twice(case: Case, layout: str, backend: Backend) -> None:
+    """torch.optim warns, and its loop steps such a parameter once for each time it stands there, in that order."""
+    for variant in case.variants if layout == "contiguous" else case.variants[:1]:
+        p = torch.nn.Parameter(LAYOUTS[layout](torch.randn(257, 260)).to(backend.device))  # enough for two threads
+        once = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+        others = make_params([(7,), (3, 5)], torch.float32, backend.device)
+        with pytest.warns(UserWarning, match="duplicate"):
+            optimizer = case.make([others[0], p, p, others[1], p], variant, backend=backend.name)
+        expected = case.make([once], variant, backend=backend.name)
+        for _ in range(2):
+            set_gradients([p, *others])
+            assert p.grad is not None
+            once.grad = p.grad.clone()
+            optimizer.step()
+            for _ in range(3):
+                expected.step()
+            assert torch.equal(p, once), variant.name
+            for name, value in states_of(optimizer, p).items():
+                assert torch.equal(value, expected.state[once][name]), (variant.name, name)
+            assert all(int(optimizer.state[q].get("step", 0)) < 3 for q in others)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.counterpart], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
+def test_a_parameter_that_stands_twice_is_stepped_as_by_torch(case: Case, backend: Backend) -> None:
+    ours = make_params([(5,), (4,)], torch.float32, backend.device)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    mine = case.make([ours[0], ours[1], ours[0]], backend=backend.name, max_grad_norm=float("inf"))
+    torchs = case.make_counterpart([theirs[0], theirs[1], theirs[0]], foreach=False)
+    for _ in range(3):
+        set_gradients(ours)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        mine.step()
+        torchs.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+    if "step" in mine.state[ours[0]]:
+        assert [int(mine.state[p]["step"]) for p in ours] == [6, 3]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..state import local
 
@@ -111,18 +112,25 @@ def _module(name: str, kernels: str) -> str:
 
 
 def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
-    """Divides the optimizer's parameters into batches by backend and device."""
+    """Divides the optimizer's parameters into batches by backend and device.
+
+    A parameter that stands in a group more than once (torch warns of it) is stepped as often, one time after the other
+    as by torch.optim's loop: every time but the first in a batch of its own.
+    """
     requested = optimizer._options["backend"]
-    places: dict[tuple[str, torch.device], list[int]] = {}
+    places: dict[tuple[int, str, torch.device], list[int]] = {}
+    times: dict[Tensor, int] = {}
     for index, (group, _, param) in enumerate(optimizer._parameters()):
         device = local(param).device
         by_autograd = optimizer.param_groups[group].get("differentiable") or torch.compiler.is_compiling()
         name = "reference" if by_autograd else choose(device, requested, optimizer._kernels)
-        places.setdefault((name, device), []).append(index)
-    return [
-        _batch_class(name, optimizer._kernels)(optimizer, device, indices)
-        for (name, device), indices in places.items()
-    ]
+        time = times[param] = times.get(param, -1) + 1
+        places.setdefault((time, name, device), []).append(index)
+    batches: list[Batch] = []
+    for (time, name, device), indices in sorted(places.items(), key=lambda item: item[0][0]):
+        batches.append(_batch_class(name, optimizer._kernels)(optimizer, device, indices))
+        batches[-1].again = time > 0
+    return batches
 
 
 def _batch_class(name: str, kernels: str) -> Any:

@@ -98,8 +98,9 @@ class TableBatch:
         state = state_storage.initialize(self.optimizer, group, param)
         storage = Storage.of(group)
         value, grad = real(local(param.detach())), local(param.grad.detach())
-        if grad.is_conj():
-            grad = grad.resolve_conj()
+        if grad.is_conj() or grad.is_neg():
+            plain = False
+            grad = grad.resolve_conj().resolve_neg()
             self.staged.setdefault(index, []).append(grad)
         grad = real(grad)
         dense = self._dense(index, value)
