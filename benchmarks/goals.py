@@ -36,6 +36,11 @@ class Goal:
     at_most: bool = False
     part: str = "step"  # step, host, precision, pipeline, adafactor
 
+    @property
+    def timed(self) -> bool:
+        """Whether other processes could change it."""
+        return self.unit != "B"
+
     def met(self, value: float) -> bool:
         return value <= self.bound if self.at_most else value >= self.bound
 

@@ -32,6 +32,7 @@ class Session:
     options: Options = field(default_factory=Options)
     cold_bytes: int = 0
     quick: bool = False
+    beside: int = 0  # busy processes that run now
     deadline: float = float("inf")  # of time.perf_counter(): no cell starts after it
     left_out: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -89,7 +90,7 @@ def _measure_together(
     rows: dict[str, Row] = {}
     sides: list[Side] = []
     for system in [SYSTEMS["fused"], *systems]:
-        row = _blank(bench, case, problem, system, session.options)
+        row = _blank(bench, case, problem, system, session)
         rows[system.key] = row
         try:
             side = build(system)
@@ -140,11 +141,12 @@ def _brief(error: Exception) -> str:
     return text if isinstance(error, NotAvailable) else f"{type(error).__name__}: {text}"
 
 
-def _blank(bench: str, case: Case, problem: Problem, system: System, options: Options) -> Row:
-    profile = problem.profile
+def _blank(bench: str, case: Case, problem: Problem, system: System, session: Session) -> Row:
+    profile, options = problem.profile, session.options
     return Row(
         bench, case.key, problem.precision.name, profile.name, profile.tensors, profile.elements, system.key,
         system.key, version=system.version(), groups=options.groups,
+        beside=session.beside or None,
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ pip can install.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,9 +141,17 @@ def _transformers(case: Case, _precision: Precision, params: list[Tensor]) -> An
     return Adafactor(params, relative_step=False, warmup_init=False, scale_parameter=True, **case.kwargs)
 
 
+def _compiling() -> None:
+    """DeepSpeed compiles its kernels at first use, with the ninja on PATH: this environment's, if it has one."""
+    here = str(Path(sys.executable).parent)
+    if here not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([here, os.environ["PATH"]])
+
+
 @_peer("deepspeed-cpu", "DeepSpeed CPU", "deepspeed", "deepspeed", gpu=False)
 def _deepspeed_cpu(case: Case, precision: Precision, params: list[Tensor]) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _compiling()
     _check_states(precision, "fp32", "bf16", "fp16")
     kwargs = dict(case.kwargs)
     if case.key in ("adam", "adamw"):
@@ -161,6 +171,7 @@ def _deepspeed_cpu(case: Case, precision: Precision, params: list[Tensor]) -> An
 
 @_peer("deepspeed", "DeepSpeed Fused", "deepspeed", "deepspeed", gpu=True)
 def _deepspeed(case: Case, precision: Precision, params: list[Tensor]) -> Any:
+    _compiling()
     _check_states(precision, "fp32", "bf16", "fp16")
     if case.key in ("adam", "adamw"):
         from deepspeed.ops.adam import FusedAdam

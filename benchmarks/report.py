@@ -33,6 +33,7 @@ class Row:
     status: str = "ok"  # or "not available: why", "wrong result: how"
     version: str = ""
     groups: int = 1
+    beside: int | None = None  # busy processes beside it
     rounds: int = 0
     median_ms: float | None = None
     p20_ms: float | None = None

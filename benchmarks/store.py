@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .load import company
 from .machine import slug, title
 from .report import SCHEMA, Result, dump
 
@@ -30,8 +32,20 @@ class MachineResults:
         return title(self.machine)
 
     def rows(self, *benches: str) -> list[dict[str, Any]]:
-        """Rows of the named benches ("step", "pipeline", "host", ...), over all commands."""
-        return [r for s in self.sections.values() for r in s.rows if r.get("bench") in benches]
+        """Rows of the named benches ("step", "pipeline", "host", ...), over all commands, all of one condition: those
+        measured alone, or beside the fewest busy processes."""
+        rows = [r for s in self.sections.values() for r in s.rows if r.get("bench") in benches]
+        fewest = _fewest(rows)
+        return [r for r in rows if (r.get("beside") or 0) == fewest]
+
+    @property
+    def condition(self) -> str:
+        """The busy processes beside the measurements that `rows` gives: what a label must say."""
+        everything = [r for s in self.sections.values() for r in s.rows]
+        benches = {r.get("bench") for r in everything} - {"memory", "converge", "decay"}
+        loads = {_fewest([r for r in everything if r.get("bench") == bench]) for bench in benches}
+        partly = "partly " if len(loads) > 1 else ""
+        return partly + company(max(loads)) if any(loads) else ""
 
     def save(self, directory: Path = RESULTS) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
@@ -67,6 +81,10 @@ class MachineResults:
             raise ValueError(f"{directory}: no results (JSON files of `step`, `host`, ...)")
         newest = max(sections.values(), key=lambda s: s.when)
         return cls(newest.machine, sections)
+
+
+def _fewest(rows: Iterable[dict[str, Any]]) -> int:
+    return min((int(r.get("beside") or 0) for r in rows), default=0)
 
 
 def published(directory: Path = RESULTS) -> list[MachineResults]:

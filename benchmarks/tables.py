@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .load import company
 from .plots.speed import best_torch
-from .report import number
+from .report import Result, Row, number
 from .store import MachineResults
 
 MARKERS = re.compile(r"(<!-- benchmarks: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /benchmarks -->)", re.DOTALL)
@@ -25,12 +26,19 @@ def _ratio(value: float) -> str:
     return f"{value:.0f}x" if value >= 9.95 else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"
 
 
-def _source(results: MachineResults, *commands: str) -> str:
-    sections = [s for s in results.sections.values() if s.command in commands]
+def _source(results: MachineResults, bench: str) -> str:
+    """Machine, versions, date and what disturbed, of the sections that rows of `bench` (or the goals) are from."""
+    sections = [s for s in results.sections.values() if (s.goals and bench == "goals") or _has(s, bench)]
     when = max((s.when for s in sections), default="")[:10]
     noise = sorted({w for s in sections for w in s.warnings if w.startswith(("other processes", "the hypervisor"))})
     warning = f" Warnings: {'; '.join(noise)}." if noise else ""
-    return f"{results.title}, commit {results.machine.get('commit') or '?'}, {when}.{warning}\n"
+    commits = dict.fromkeys(s.settings.get("commit") or results.machine.get("commit") or "?" for s in sections)
+    where = ", ".join(filter(None, [results.title, results.condition, f"commit {' and '.join(commits)}", when]))
+    return f"{where}.{warning}\n"
+
+
+def _has(section: Result, bench: str) -> bool:
+    return any(row.get("bench") == bench for row in section.rows)
 
 
 def speed(results: MachineResults) -> str:
@@ -66,7 +74,9 @@ def pipeline(results: MachineResults) -> str:
 
 
 def compare(results: MachineResults) -> str:
-    """System by optimizer: median and worst ratio over the profiles."""
+    """System by optimizer: lowest and highest ratio over the profiles; then, in words, where ours is not first."""
+    from .commands.compare import verdict
+
     rows = [r for r in results.rows("compare") if r["system"] != "fused" and r["precision"] == "fp32"]
     timed = [r for r in rows if r["status"] == "ok" and r.get("ratio")]
     if not timed:
@@ -85,12 +95,19 @@ def compare(results: MachineResults) -> str:
             ratios = [float(r["ratio"]) for r in mine if r["optimizer"] == optimizer]
             line.append(f"{_ratio(min(ratios))} - {_ratio(max(ratios))}" if ratios else "")
         lines.append(line)
-    slower = [r for r in timed if r["ratio"] < 0.97]
-    first = f"Ours is first in {len(timed) - len(slower)} of {len(timed)} cells."
-    where = "; ".join(f"{r['label']} {r['optimizer']} {r['profile']} {_ratio(r['ratio'])}" for r in slower)
-    losing = f" Not first: {where}." if where else ""
+    first, *slower = verdict([Row(**r) for r in results.rows("compare") if r["precision"] == "fp32"])
     text = "Float32 steps: the competitor's time over ours, lowest and highest over the profiles."
-    return f"{text} {first}{losing} {_source(results, 'compare')}\n" + markdown(["", *optimizers], lines)
+    table = markdown(["", *optimizers], lines)
+    return f"{text} {_source(results, 'compare')}\n{table}\n" + "\n".join([_sentence(first), *_bullets(slower)]) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(":") else ".")
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    items = [f"- {line.strip()}" for line in lines]
+    return ["", *items] if items else []
 
 
 def memory(results: MachineResults) -> str:
@@ -123,15 +140,25 @@ def host(results: MachineResults) -> str:
 
 def goals(results: MachineResults) -> str:
     records = [g for s in results.sections.values() for g in s.goals]
+    if not records:
+        return ""
+    beside = max(g.get("beside", 0) for g in records)
     lines = []
     for goal in records:
-        value: Any = goal.get("value")
         sign = "at most" if goal["at_most"] else "at least"
-        measured = "" if value is None else f"{number(value)} {goal['unit']}"
-        lines.append([goal["goal"], f"{sign} {goal['bound']:g} {goal['unit']}", measured, goal["verdict"]])
-    if not lines:
-        return ""
-    return f"{_source(results, 'targets')}\n" + markdown(["goal", "bound", "measured", ""], lines)
+        line = [goal["goal"], f"{sign} {goal['bound']:g} {goal['unit']}", *_measured(goal, ""), goal["verdict"]]
+        lines.append([*line, *_measured(goal, "beside_"), goal.get("beside_verdict", "")] if beside else line)
+    columns = ["goal", "bound", "measured", ""]
+    text = ""
+    if beside:
+        columns = ["goal", "bound", "alone", "", company(beside), ""]
+        text = "Each goal alone, which decides, and with the cores shared, as they are with a data loader's workers. "
+    return f"{text}{_source(results, 'goals')}\n" + markdown(columns, lines)
+
+
+def _measured(goal: dict[str, Any], prefix: str) -> list[str]:
+    value = goal.get(f"{prefix}value")
+    return ["" if value is None else f"{number(value)} {goal['unit']}"]
 
 
 def quality(results: MachineResults) -> str:
@@ -151,6 +178,19 @@ def quality(results: MachineResults) -> str:
     return f"{text}\n\n" + markdown(["storage", "loss", "difference", "largest"], lines)
 
 
+def decay(results: MachineResults) -> str:
+    from .decay import COLUMNS, DECAY, STEPS, cells_of
+
+    records = results.rows("decay")
+    if not records:
+        return ""
+    text = (
+        f"Nothing but weight decay, lr x weight decay = {DECAY:g}, {STEPS} steps of AdamW: how much of float32's "
+        "decay the weights have seen, how far their mean is off, and the worst of 4096 weights."
+    )
+    return f"{text}\n\n" + markdown(list(COLUMNS), [cells_of(r) for r in records])
+
+
 TABLES: dict[str, Callable[[MachineResults], str]] = {
     "speed": speed,
     "pipeline": pipeline,
@@ -159,6 +199,7 @@ TABLES: dict[str, Callable[[MachineResults], str]] = {
     "host": host,
     "goals": goals,
     "quality": quality,
+    "decay": decay,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..bandwidth import Bandwidth, measure_bandwidth
 from ..cases import Precision
+from ..load import Busy, company
 from ..machine import Watch, describe, last_level_cache, title
 from ..measure import Session, settings
 from ..report import Result, Row, number, percent, say, show_table, times, warn
@@ -30,6 +31,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, help="seconds after which no further cell is started")
     parser.add_argument("--name", help="name of the files in --out (default: the command's)")
     parser.add_argument("--backend", help="force a backend of this package: cuda, triton, cpu, reference")
+
+
+def add_beside(parser: argparse.ArgumentParser) -> None:
+    """For commands that time something."""
+    text = "busy processes to run beside the measurement, as data loading would (default: 0)"
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help=text)
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, opt: str = "main") -> None:
@@ -55,24 +62,32 @@ def profiles_of(args: argparse.Namespace, default: Sequence[str], quick: Sequenc
 
 
 class Run:
-    """Set-up and finish of a subcommand: device, watch for noise, bandwidth, result file.
+    """Set-up and finish of a subcommand: device, watch for noise, company (--beside), bandwidth, result file.
 
     with Run("step", args) as run:
         run.rows += measure_cell(run.session, ...)
     return run.exit_code
     """
 
-    def __init__(self, command: str, args: argparse.Namespace, bandwidth: bool = True, name: str | None = None) -> None:
-        if args.threads:
-            torch.set_num_threads(args.threads)
+    def __init__(
+        self, command: str, args: argparse.Namespace, timed: bool = True, name: str | None = None, both: bool = False
+    ) -> None:
+        """`timed`: whether speed is measured; `both`: alone and in company, as the command says with `keep_company`."""
         self.command = command
-        self.name = args.name or name or command  # of the files
+        self._both = both
+        self.timed = timed
+        self.beside = getattr(args, "beside", 0)
+        load = f"-beside-{self.beside}" if self.beside and not both else ""
+        self.name = args.name or (name or command) + load  # of the files
         self.out: Path | None = args.out
         self.device = torch.device(args.device)
         self.rows: list[Row] = []
-        self.machine = describe(self.device)
+        untimed = {} if timed else {"threads": torch.get_num_threads()}  # --threads makes no other machine of it then
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.machine = describe(self.device) | untimed
         self.watch = Watch(self.device)
-        measured = measure_bandwidth(self.device, args.quick) if bandwidth else Bandwidth(0.0, 0.0, None, 0)
+        measured = measure_bandwidth(self.device, args.quick) if timed else Bandwidth(0.0, 0.0, None, 0)
         budget = Budget.quick() if args.quick else Budget()
         if args.seconds:
             budget = replace(budget, seconds=args.seconds)
@@ -81,42 +96,72 @@ class Run:
         cold = 2 * last_level_cache() if getattr(args, "cold", False) else 0
         options = Options(backend=args.backend, groups=getattr(args, "groups", 1))
         self.session = Session(self.device, budget, measured, options, cold, args.quick)
+        self._busy = Busy(self.beside)
         self.session.deadline = time.perf_counter() + (args.limit or float("inf"))
         self.result: Result | None = None
         self.exit_code = 0
         self.records: list[dict[str, Any]] = []  # rows that are no timings
         say(f"{title(self.machine)} · commit {self.machine['commit'] or 'unknown'}")
-        if bandwidth:
+        if timed:
             peak = f", data sheet {measured.theoretical:,.0f} GB/s" if measured.theoretical else ""
-            say(f"memory measured now: copy {measured.copy:.1f} GB/s, read {measured.read:.1f} GB/s{peak}")
+            alone = " (alone)" if self.beside else ""
+            say(f"memory measured now: copy {measured.copy:.1f} GB/s, read {measured.read:.1f} GB/s{peak}{alone}")
 
     def __enter__(self) -> Run:
         self.watch.__enter__()
+        if not self._both:
+            self.keep_company()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self.alone()
         self.watch.__exit__()
         if kind is not None:
             return
-        warnings = list(dict.fromkeys([*self.watch.warnings, *self.session.warnings]))
-        if noisy := self.session.noisy:
-            some = "; ".join(noisy[:3]) + (" ..." if len(noisy) > 3 else "")
-            warnings.append(f"noisy (p20 to p80 wider than 30 %): {len(noisy)} of {self.session.cells} timings: {some}")
-        if left_out := self.session.left_out:
-            warnings.append(f"time limit: {left_out} cells left out")
-        for text in warnings:
+        for text in self._warnings():
             warn(text)
         for text in self.session.wrong:
             warn(f"WRONG RESULT, not timed: {text}")
         if self.session.wrong:
             self.exit_code = 1
+        self.save()
+        if self.result and self.out:
+            say(f"wrote {self.out / self.name}.json")
+
+    def keep_company(self) -> None:
+        """From here on --beside's processes run, and rows say so."""
+        self._busy.__enter__()
+        self.session.beside = self.beside
+
+    def alone(self) -> None:
+        self._busy.__exit__()
+        self.session.beside = 0
+
+    def heading(self, text: str) -> str:
+        """With the load it was measured under, if any."""
+        return ", ".join(filter(None, [text, company(self.beside)]))
+
+    def _warnings(self) -> list[str]:
+        warnings = list(dict.fromkeys([*(self.watch.warnings if self.timed else []), *self.session.warnings]))
+        if noisy := self.session.noisy:
+            some = "; ".join(noisy[:3]) + (" ..." if len(noisy) > 3 else "")
+            warnings.append(f"noisy (p20 to p80 wider than 30 %): {len(noisy)} of {self.session.cells} timings: {some}")
+        if left_out := self.session.left_out:
+            warnings.append(f"time limit: {left_out} cells left out")
+        return warnings
+
+    def save(self) -> None:
+        """What there is so far as a result, written where --out asks for it."""
         rows = [*map(vars, self.rows), *self.records]
+        session = self.session
+        conditions = settings(session) | {
+            "beside": self.beside, "threads": torch.get_num_threads(), "commit": self.machine["commit"]
+        }  # fmt: skip
         self.result = Result(
-            self.command, self.machine, self.session.bandwidth.as_dict(), rows, warnings, settings(self.session),
-            self.session.goals,
-        )  # fmt: skip
+            self.command, self.machine, session.bandwidth.as_dict(), rows, self._warnings(), conditions, session.goals
+        )
         if self.out:
-            say(f"wrote {self.result.save(self.out, self.name)}")
+            self.result.save(self.out, self.name)
 
 
 STEP_COLUMNS = (

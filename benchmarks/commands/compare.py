@@ -11,7 +11,7 @@ from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, Row, number, say, show_table, times, warn
 from ..systems import get_systems
-from .common import Run, add_common, profiles_of, show_rows
+from .common import Run, add_beside, add_common, profiles_of, show_rows
 from .step import default_profiles
 
 HELP = "every optimizer both have, against every competitor importable here"
@@ -20,6 +20,7 @@ PRECISIONS = (Precision(), Precision("bf16"), Precision("bf16", "split", "bf16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
+    add_beside(parser)
     parser.add_argument("--opt", default="main", help="comma list of optimizers, 'main' or 'all'")
     parser.add_argument("--vs", default="all", help="systems to compare with")
     parser.add_argument("--profile", help="comma list of profiles")
@@ -48,15 +49,28 @@ def summarize(rows: Sequence[Row]) -> None:
             cells.append([key[0], key[1], "not installed", "-", "-", "-", ""])
     columns = ["system", "storage", "version", "ours first", "median", "worst", "worst at"]
     show_table("Ours against each (time of the other / ours)", columns, cells)
-    slower = losses(rows)
-    for row in slower:
+    for line in verdict(rows):
+        say(line)
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """In words: where ours is first, and each place where it is not, by how much."""
+    timed = [r for r in rows if r.ok and r.system != "fused" and r.ratio]
+    slower = losses(timed)
+    if not timed:
+        return []
+    if not slower:
+        return [f"ours is first, within 3 %, in each of {len(timed)} comparisons"]
+    lines = [f"ours is first, within 3 %, in {len(timed) - len(slower)} of {len(timed)} comparisons; not first:"]
+    for row in sorted(slower, key=lambda r: r.ratio or 0):
         ours = next((r for r in rows if r.system == "fused" and r.ok and same_cell(r, row)), None)
         note = f" ({row.note})" if row.note else ""
-        where = f"{row.optimizer} {row.precision} {row.profile}"
         own = number(ours.median_ms if ours else None)
-        say(f"not first: {where}: {row.label}{note} {number(row.median_ms)} ms, ours {own} ms ({times(row.ratio)})")
-    if not slower and any(r.ok and r.ratio for r in rows):
-        say("first (within 3 %) in every cell")
+        lines.append(
+            f"  {row.optimizer} {row.precision} {row.profile}: {row.label}{note} takes {number(row.median_ms)} ms, "
+            f"{1 - (row.ratio or 0):.0%} less than our {own} ms"
+        )
+    return lines
 
 
 def absent(rows: Sequence[Row]) -> str:
@@ -95,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
                         warn(f"{case} {profile.name}: {reason}")
                 run_.rows += rows
                 shown = [r for r in rows if r.ok or r.system == "fused" or r.status.startswith("wrong")]
-                show_rows(f"{case.cls}, {precision.name}, {run_.device.type}", shown, absent(rows))
+                heading = run_.heading(f"{case.cls}, {precision.name}, {run_.device.type}")
+                show_rows(heading, shown, absent(rows))
         summarize(run_.rows)
     return run_.exit_code

@@ -8,36 +8,44 @@ decay   1000 steps of nothing but weight decay at lr * weight_decay = 1e-4: what
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..cases import CASES, Precision
-from ..problem import NotAvailable, Problem
-from ..report import Progress, number, show_table, warn
-from ..shapes import get_profile
-from ..systems import SYSTEMS, Options, get_systems
+from ..cases import Precision
+from ..decay import measure_decay, show_decay
+from ..report import Progress, Result, show_table, warn
 from .common import Run, add_common
 
 HELP = "train a small GPT in every storage format, several seeds, against float32; pure weight decay in bfloat16"
-FORMATS: tuple[tuple[str, str, Precision], ...] = (
-    ("torch float32", "torch", Precision()),
-    ("fused float32", "fused", Precision()),
-    ("bf16 split", "fused", Precision("bf16", "split")),
-    ("bf16 split, bf16 states", "fused", Precision("bf16", "split", "bf16")),
-    ("bf16 split8, int8 states", "fused", Precision("bf16", "split8", "int8")),
-    ("bf16 stochastic", "fused", Precision("bf16", None, "fp32", True)),
-    ("torch bf16", "torch", Precision("bf16")),
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store parameters and states, under its name on the command line and in tables."""
+
+    key: str
+    label: str
+    system: str
+    precision: Precision
+
+
+REFERENCE = "torch float32"
+FORMATS = (
+    Format("torch-fp32", REFERENCE, "torch", Precision()),
+    Format("fp32", "fused float32", "fused", Precision()),
+    Format("split", "bf16 split", "fused", Precision("bf16", "split")),
+    Format("split-bf16", "bf16 split, bf16 states", "fused", Precision("bf16", "split", "bf16")),
+    Format("split8-int8", "bf16 split8, int8 states", "fused", Precision("bf16", "split8", "int8")),
+    Format("stochastic", "bf16 stochastic", "fused", Precision("bf16", None, "fp32", True)),
+    Format("torch-bf16", "torch bf16", "torch", Precision("bf16")),
 )
 HYPERPARAMETERS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-DECAY = 1e-4
-DECAY_STEPS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3, --quick: 2)")
     parser.add_argument("--size", choices=["tiny", "small", "medium"], default="tiny", help="of the demo's model")
     parser.add_argument("--what", default="loss,decay", help="comma list of: loss, decay")
+    keys = ",".join(f.key for f in FORMATS)
+    parser.add_argument("--formats", default=keys, help=f"comma list of storage formats to train in (default: {keys})")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the trainings that --out holds, of as many steps and the same size"
+    )
+
+
+def get_formats(names: str) -> list[Format]:
+    """In the order of the table: float32, which the others are compared with, comes first."""
+    wanted = {name.strip() for name in names.split(",")}
+    if unknown := wanted - {f.key for f in FORMATS}:
+        raise ValueError(f"no format {', '.join(sorted(unknown))}: one of {', '.join(f.key for f in FORMATS)}")
+    return [f for f in FORMATS if f.key in wanted]
 
 
 def _optimizer(model: torch.nn.Module, system: str, precision: Precision) -> torch.optim.Optimizer:
@@ -61,8 +82,10 @@ def _optimizer(model: torch.nn.Module, system: str, precision: Precision) -> tor
     return fused.AdamW(groups, **HYPERPARAMETERS, **precision.options())
 
 
-def train(run: Run, size_name: str, steps: int, seed: int, on_step: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Every format on the same batches from the same weights; one record each."""
+def train(
+    run: Run, form: Format, size_name: str, steps: int, seed: int, on_step: Callable[[int], None]
+) -> dict[str, Any] | None:
+    """One training: the seed alone decides on weights and batches, whatever the format. None: not available here."""
     from fused.demo import text
     from fused.demo.command import SIZES, VALIDATION_BATCHES
     from fused.demo.model import GPT
@@ -71,38 +94,30 @@ def train(run: Run, size_name: str, steps: int, seed: int, on_step: Callable[[in
 
     size = SIZES[size_name]
     torch.manual_seed(seed)
-    weights = GPT(size.model).bfloat16().float().to(run.device)  # a start that every format can hold
-    runs, labels = [], []
-    for label, system, precision in FORMATS:
-        model = copy.deepcopy(weights).to(precision.dtype)
-        try:
-            optimizer = _optimizer(model, system, precision)
-        except (TypeError, NotImplementedError, ValueError) as reason:
-            warn(f"{label}: not available: {reason}")
-            continue
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps))
-        runs.append(Training(label, model, optimizer, schedule))
-        labels.append((label, system, precision))
+    # a start that every format can hold
+    model = GPT(size.model).bfloat16().to(device=run.device, dtype=form.precision.dtype)
+    try:
+        optimizer = _optimizer(model, form.system, form.precision)
+    except (TypeError, NotImplementedError, ValueError) as reason:
+        warn(f"{form.label}: not available: {reason}")
+        return None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps))
+    training = Training(form.label, model, optimizer, schedule)
     corpus = text.standard_library()
-    batches = text.random_batches(corpus.train, size.batch, size.model.context, seed)
-    train_together(runs, batches, steps, on_step)
-    records = []
-    for training, (label, system, precision) in zip(runs, labels, strict=True):
-        validation = text.even_batches(corpus.validation, size.batch, size.model.context, VALIDATION_BATCHES)
-        records.append(
-            {
-                "bench": "converge",
-                "format": label,
-                "system": system,
-                "precision": precision.name,
-                "seed": seed,
-                "steps": steps,
-                "size": size_name,
-                "validation_loss": evaluate(copy.deepcopy(training.model).float(), validation),
-                "losses": _thin(training.losses),
-            }
-        )
-    return records
+    train_together([training], text.random_batches(corpus.train, size.batch, size.model.context, seed), steps, on_step)
+    validation = text.even_batches(corpus.validation, size.batch, size.model.context, VALIDATION_BATCHES)
+    return {
+        "bench": "converge",
+        "format": form.label,
+        "system": form.system,
+        "precision": form.precision.name,
+        "seed": seed,
+        "steps": steps,
+        "size": size_name,
+        "corpus": corpus.source,
+        "validation_loss": evaluate(model.float(), validation),
+        "losses": _thin(training.losses),
+    }
 
 
 def _thin(losses: Sequence[float], points: int = 100) -> list[float]:
@@ -113,7 +128,7 @@ def _thin(losses: Sequence[float], points: int = 100) -> list[float]:
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per format: mean loss, difference from float32 seed by seed, and the spread of float32 over the seeds."""
-    reference = {r["seed"]: r["validation_loss"] for r in records if r["format"] == "torch float32"}
+    reference = {r["seed"]: r["validation_loss"] for r in records if r["format"] == REFERENCE}
     spread = max(reference.values()) - min(reference.values()) if reference else 0.0
     out = []
     for label in dict.fromkeys(r["format"] for r in records):
@@ -124,44 +139,6 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         loss = statistics.fmean(mine.values())
         out.append({"format": label, "loss": loss, "difference": mean, "worst": worst, "spread": spread})
     return out
-
-
-def decay(run: Run) -> list[dict[str, Any]]:
-    """Parameters around 1, gradients zero, 1000 steps: how far from float32's result each ends up."""
-    case = copy.copy(CASES["adamw"])
-    object.__setattr__(case, "kwargs", {**case.kwargs, "lr": 1e-3, "weight_decay": DECAY / 1e-3})
-    wanted = [
-        ("fused", Precision("bf16", "split")),
-        ("fused", Precision("bf16", "split8")),
-        ("fused", Precision("bf16", stochastic=True)),
-        ("fused", Precision("bf16")),
-        ("torch.loop", Precision("bf16")),
-        *((s.key, Precision("bf16")) for s in get_systems("bitsandbytes,optimi,torchao,flashoptim")),
-    ]
-    records = []
-    for key, precision in wanted:
-        problem = Problem(get_profile("1x4096"), precision, run.device)
-        problem.initial[0].copy_(torch.linspace(0.75, 1.5, 4096))
-        problem.set_factor(0.0)
-        start = problem.initial[0].double()
-        record: dict[str, Any] = {"bench": "decay", "system": key, "precision": precision.name, "status": "ok"}
-        records.append(record)
-        try:
-            side = SYSTEMS[key].make(case, problem, Options())
-            for _ in range(DECAY_STEPS):
-                side.step()
-        except (NotAvailable, RuntimeError) as reason:
-            record["status"] = f"not available: {reason}" if str(reason) != "not installed" else "not installed"
-            continue
-        end = side.params[0].detach().double()
-        lost = float((start - end).sum() / (start * (1 - (1 - DECAY) ** DECAY_STEPS)).sum())
-        off = (end / (start * (1 - DECAY) ** DECAY_STEPS) - 1).abs()
-        record |= {"share_of_decay": lost, "mean_error": float(_bias(end, start)), "worst_error": float(off.max())}
-    return records
-
-
-def _bias(end: Tensor, start: Tensor) -> Tensor:
-    return (end.mean() / (start.mean() * (1 - DECAY) ** DECAY_STEPS) - 1).abs()
 
 
 def show_loss(records: Sequence[dict[str, Any]]) -> None:
@@ -179,53 +156,66 @@ def show_loss(records: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def show_decay(records: Sequence[dict[str, Any]]) -> None:
-    cells = [
-        [
-            r["system"],
-            r["precision"],
-            f"{r['share_of_decay']:.1%}" if "share_of_decay" in r else "-",
-            f"{r['mean_error']:.2%}" if "mean_error" in r else "-",
-            number(r.get("worst_error")),
-            r["status"],
-        ]
-        for r in records
-    ]
-    title = f"Pure weight decay, lr x weight decay = {DECAY:g}, {DECAY_STEPS} steps"
-    columns = ["system", "storage", "of float32's decay", "mean off by", "worst element off by", "status"]
-    show_table(title, columns, cells)
-
-
 class TimeUpError(RuntimeError):
     """The run's time limit came before the end of a training."""
 
 
-def _tell(progress: Progress, deadline: float, seed: int, step: int) -> None:
+def _tell(progress: Progress, deadline: float, what: str, step: int) -> None:
     if time.perf_counter() > deadline:
         raise TimeUpError
-    progress(f"seed {seed}, step {step}")
+    progress(f"{what}, step {step}")
+
+
+def kept_records(run: Run, size: str, steps: int) -> list[dict[str, Any]]:
+    """Trainings that the result file holds already; ValueError where they are of another kind."""
+    path = run.out / f"{run.name}.json" if run.out else None
+    if path is None:
+        raise ValueError("--resume needs --out, the folder with the earlier results")
+    if not path.exists():
+        return []
+    records = [r for r in Result.load(path).rows if r["bench"] == "converge"]
+    if other := next((r for r in records if (r["size"], r["steps"]) != (size, steps)), None):
+        raise ValueError(f"{path} holds trainings of {other['steps']} steps, size {other['size']}: not to be mixed")
+    return records
+
+
+def train_missing(run: Run, args: argparse.Namespace, steps: int, seeds: int) -> list[dict[str, Any]]:
+    """Every format and seed that is not there yet; the result file is written after each, so that nothing is lost."""
+    formats = get_formats(args.formats)
+    records = kept_records(run, args.size, steps) if args.resume else []
+    done = {(r["format"], r["seed"]) for r in records}
+    missing = [(seed, form) for seed in range(seeds) for form in formats if (form.label, seed) not in done]
+    with Progress("converge", len(missing) * steps) as progress:
+        for seed, form in missing:
+            on_step = partial(_tell, progress, run.session.deadline, f"{form.label}, seed {seed}")
+            try:
+                record = train(run, form, args.size, steps, seed, on_step)
+            except TimeUpError:
+                run.session.left_out += 1
+                continue
+            if record:
+                records.append(record)
+                run.records = in_order(records)
+                run.save()
+    return in_order(records)
+
+
+def in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    labels = [f.label for f in FORMATS]
+    return sorted(records, key=lambda r: (r["seed"], labels.index(r["format"])))
 
 
 def run(args: argparse.Namespace) -> int:
     steps = args.steps or (60 if args.quick else 1000)
     seeds = args.seeds or (2 if args.quick else 3)
-    run_ = Run("converge", args, bandwidth=False)
+    run_ = Run("converge", args, timed=False)
     what = args.what.split(",")
     with run_:
-        if "loss" in what:
-            records: list[dict[str, Any]] = []
-            with Progress("converge", seeds * steps) as progress:
-                for seed in range(seeds):
-                    on_step = partial(_tell, progress, run_.session.deadline, seed)
-                    try:
-                        records += train(run_, args.size, steps, seed, on_step)
-                    except TimeUpError:
-                        run_.session.left_out += 1
-            if records:
-                show_loss(records)
-            run_.records += records
-        if "decay" in what:
-            records = decay(run_)
-            show_decay(records)
-            run_.records += records
+        losses = train_missing(run_, args, steps, seeds) if "loss" in what else []
+        if losses:
+            show_loss(losses)
+        decays = measure_decay(run_.device) if "decay" in what else []
+        if decays:
+            show_decay(decays)
+        run_.records = [*losses, *decays]
     return run_.exit_code

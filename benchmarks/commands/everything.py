@@ -18,10 +18,11 @@ QUICK_SECONDS, QUICK_LIMIT = 0.12, 240.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("--skip", default="", help="comma list of commands to leave out")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="`targets` also beside N busy processes")
     parser.add_argument("--publish", action="store_true", help="then write benchmarks/results and the README's tables")
 
 
-def plan(quick: bool, gpu: bool) -> list[str]:
+def plan(quick: bool, gpu: bool, beside: int = 0) -> list[str]:
     """The command lines, the most telling first."""
     if quick:
         return [
@@ -37,7 +38,7 @@ def plan(quick: bool, gpu: bool) -> list[str]:
     lines = [
         "env",
         "step",
-        "targets",
+        f"targets --beside {beside}",
         "step --dtype bf16 --opt adamw,lion,sgd",
         "pipeline",
         "host",
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if seconds := args.seconds or (QUICK_SECONDS if args.quick else None):
         common += ["--seconds", str(seconds)]
     limit = args.limit or (QUICK_LIMIT if args.quick else None)
-    lines = [line.split() for line in plan(args.quick, args.device != "cpu")]
+    lines = [line.split() for line in plan(args.quick, args.device != "cpu", args.beside)]
     lines = [line for line in lines if line[0] not in skip]
     worst, start = 0, time.perf_counter()
     for i, line in enumerate(lines):

@@ -21,7 +21,7 @@ from ..problem import Problem, Side
 from ..report import Progress, Row, number, show_table, times
 from ..shapes import get_profile
 from ..systems import SYSTEMS, System, get_systems
-from .common import Run, add_case_arguments, add_common, precision_of
+from .common import Run, add_beside, add_case_arguments, add_common, precision_of
 
 HELP = "time the host side of a step against the number of tensors"
 COUNTS = (1, 10, 100, 1000, 10_000)
@@ -29,6 +29,7 @@ COUNTS = (1, 10, 100, 1000, 10_000)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
+    add_beside(parser)
     add_case_arguments(parser, opt="adamw")
     parser.add_argument("--vs", default="torch", help="systems to run beside")
     parser.add_argument("--groups", type=int, default=1, help="parameter groups to split the parameters into")
@@ -141,5 +142,6 @@ def run(args: argparse.Namespace) -> int:
                 "ours is",
                 "status",
             ]
-            show_table(f"Host time of {case.cls}, tensors of one element, {run_.device.type}", columns, cells)
+            title = run_.heading(f"Host time of {case.cls}, tensors of one element, {run_.device.type}")
+            show_table(title, columns, cells)
     return run_.exit_code

@@ -21,7 +21,7 @@ from ..report import Progress, Row, number, percent, show_table, times, warn
 from ..shapes import Profile, format_count, get_profile
 from ..systems import get_systems
 from ..timing import interleave, make_clock, paired_ratio
-from .common import Run, add_common
+from .common import Run, add_beside, add_common
 
 HELP = "time every kernel by itself: update by storage format, bandwidth by size, norm and clipping"
 PRECISIONS = (
@@ -40,6 +40,7 @@ CLIP = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
+    add_beside(parser)
     parser.add_argument("--opt", default="main", help="comma list of optimizers, 'main' or 'all'")
     parser.add_argument("--what", default="update,size,gradient", help="comma list of: update, size, gradient")
     parser.add_argument("--n", help="elements of the tensor in `update` (default: 32M on a CPU, 256M on a GPU)")
@@ -112,6 +113,7 @@ def gradient_cell(run: Run, name: str, profile: Profile, precision: Precision) -
     sides = []
     for key, label, work in (("fused", "fused", ours), ("torch.foreach", "torch", torchs)):
         row = Row(name, "-", precision.name, profile.name, profile.tensors, profile.elements, key, label)
+        row.beside = run.session.beside or None
         rows[key] = row
         if work is None:
             row.status = "not available: not there yet"
@@ -204,21 +206,21 @@ def run(args: argparse.Namespace) -> int:
             rows = updates(run_, cases, n)
             run_.rows += rows
             show(
-                f"Update kernels, one tensor of {format_count(n)}, {run_.device.type}",
+                run_.heading(f"Update kernels, one tensor of {format_count(n)}, {run_.device.type}"),
                 rows,
                 "B/elem: the least that must move",
             )
         if "size" in what:
             rows = sizes(run_, args.quick)
             run_.rows += rows
-            show("AdamW by size, fp32", rows)
+            show(run_.heading("AdamW by size, fp32"), rows)
         if "gradient" in what:
             names = ("huge", "gpt2", "tiny") if gpu else ("1x32M", "1000x32K", "4000x256")
             small = ("1x256M", "gpt2", "tiny") if gpu else ("1x4M", "100x32K", "1000x256")
             try:
                 rows = gradient(run_, [get_profile(p) for p in (small if args.quick else names)])
                 run_.rows += rows
-                show("Gradient kernels, fp32", rows, "clip: read for the norm, then read and write")
+                show(run_.heading("Gradient kernels, fp32"), rows, "clip: read for the norm, then read and write")
             except (ImportError, NotAvailable, MemoryError) as error:
                 warn(f"gradient kernels: {error}")
     return run_.exit_code

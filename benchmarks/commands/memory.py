@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     others = get_systems(args.vs)
     systems = [SYSTEMS["fused"], *(s for s in others if s.key not in ("torch.foreach", "torch.compile"))]
     profile = get_profile(args.profile)
-    run_ = Run("memory", args, bandwidth=False)
+    run_ = Run("memory", args, timed=False)
     with run_, Progress("memory", len(cases) * len(PRECISIONS)) as progress:
         for case in cases:
             rows = []

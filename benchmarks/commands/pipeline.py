@@ -16,9 +16,9 @@ import torch
 from ..cases import Case, get_cases
 from ..measure import measure_cell
 from ..problem import NotAvailable, Problem, Side
-from ..report import Progress, Row, show_table, warn
+from ..report import Progress, Row, warn
 from ..systems import SYSTEMS, Options, System, torch_optimizer
-from .common import STEP_COLUMNS, Run, add_case_arguments, add_common, precision_of, profiles_of, step_cells
+from .common import Run, add_beside, add_case_arguments, add_common, precision_of, profiles_of, show_rows
 
 HELP = "time unscale + inf check + clip + step against torch's GradScaler, clip_grad_norm_ and fused step"
 SCALE = 1024.0
@@ -29,6 +29,7 @@ GPU_SHAPES = ("huge", "gpt2-xl", "gpt2", "tiny")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
+    add_beside(parser)
     add_case_arguments(parser, opt="adamw")
 
 
@@ -137,7 +138,5 @@ def run(args: argparse.Namespace) -> int:
                 "bytes per element here: one more read of the gradient (norm, inf check and unscale together); "
                 "torch: unscale reads and writes it, the norm reads it, the clip reads and writes it"
             )
-            show_table(
-                f"unscale + clip + {case.cls}, {precision.name}", STEP_COLUMNS, [step_cells(r) for r in rows], caption
-            )
+            show_rows(run_.heading(f"unscale + clip + {case.cls}, {precision.name}"), rows, caption)
     return run_.exit_code

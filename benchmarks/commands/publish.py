@@ -1,4 +1,8 @@
-"""`publish`: take the results in a folder into benchmarks/results (JSON and plots) and bring the README up to date."""
+"""`publish`: take the results in a folder into benchmarks/results (JSON and plots) and bring the README up to date.
+
+What was published of the same machine and is not in the folder stays: a convergence run need not be repeated with
+every timing.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     results = MachineResults.collect(args.directory)
+    earlier = args.results / f"{results.slug}.json"
+    if earlier.exists():
+        results.sections = {**MachineResults.load(earlier).sections, **results.sections}
     if any(s.settings.get("quick") for s in results.sections.values()):
         warn("these results come from --quick runs: a look, not something to publish")
     say(f"wrote {results.save(args.results)}")

@@ -2,7 +2,8 @@
 code 1 if they disagree.
 
 In a file: `<!-- benchmarks: cpu-speed -->` ... `<!-- /benchmarks -->`. Names: speed, pipeline, compare, memory,
-host, goals, quality, each for all machines or with cpu- or gpu- before it; plot-speedup-fp32 and so on for a picture.
+host, goals, quality, decay, each for all machines or with cpu- or gpu- before it; plot-speedup-fp32 and so on for a
+picture.
 """
 
 from __future__ import annotations

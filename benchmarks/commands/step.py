@@ -9,7 +9,7 @@ from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, number, warn
 from ..systems import get_systems
-from .common import Run, add_case_arguments, add_common, precision_of, profiles_of, show_rows
+from .common import Run, add_beside, add_case_arguments, add_common, precision_of, profiles_of, show_rows
 
 HELP = "time optimizer steps over real models' parameter lists or any shapes"
 CPU_PROFILES = ("gpt2", "resnet50", "lora", "tiny", "1000x32K", "4000x256", "1x32M")
@@ -20,6 +20,7 @@ GPU_QUICK = ("gpt2", "tiny", "1x256M")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
+    add_beside(parser)
     add_case_arguments(parser)
     parser.add_argument(
         "--vs", default="torch", help="comma list of systems to run beside (see `list`), torch, all, none"
@@ -78,5 +79,5 @@ def run(args: argparse.Namespace) -> int:
             run_.rows += rows
             note = f", {args.groups} groups" if args.groups > 1 else ""
             heading = f"{case.cls} ({case}), {precision.name}{note}, {run_.device.type}"
-            show_rows(heading, rows, bytes_line(case, precision))
+            show_rows(run_.heading(heading), rows, bytes_line(case, precision))
     return run_.exit_code

@@ -73,7 +73,8 @@ def _label(results: MachineResults) -> str:
     tail = [f"{k} {versions[k]}" for k in keep if versions.get(k)]
     when = max(s.when for s in results.sections.values())[:10]
     quick = any(s.settings.get("quick") for s in results.sections.values())
-    parts = [results.title, *tail, f"commit {machine.get('commit') or '?'}", when, "QUICK RUN" if quick else ""]
+    commit = f"commit {machine.get('commit') or '?'}"
+    parts = [results.title, results.condition, *tail, commit, when, "QUICK RUN" if quick else ""]
     return " · ".join(p for p in parts if p)
 
 

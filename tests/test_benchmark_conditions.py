@@ -1,0 +1,187 @@
+"""What surrounds the benchmarks' timings: company, resumed trainings, merged results, the words of a comparison."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # at the end: what is installed comes first
+
+pytest.importorskip("benchmarks", reason="needs the checkout")
+
+from benchmarks import goals  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.bandwidth import Bandwidth  # noqa: E402
+from benchmarks.commands import common, converge  # noqa: E402
+from benchmarks.commands.compare import verdict  # noqa: E402
+from benchmarks.commands.everything import plan  # noqa: E402
+from benchmarks.decay import VARIANTS, cells_of, measure  # noqa: E402
+from benchmarks.load import Busy, company  # noqa: E402
+from benchmarks.report import Result, Row  # noqa: E402
+from benchmarks.store import MachineResults  # noqa: E402
+from benchmarks.systems import get_systems  # noqa: E402
+from benchmarks.tables import TABLES  # noqa: E402
+
+MACHINE = {"device": "cpu", "cpu": "Paper CPU", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": "abc"}
+
+
+@pytest.fixture(autouse=True)
+def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
+
+
+# ---- company ----
+
+
+def test_busy_processes_use_the_cpu_and_are_gone_afterwards() -> None:
+    before = os.times()
+    with Busy(2) as busy:
+        pids = [process.pid for process in busy._processes]
+        sum(range(3_000_000))
+    after = os.times()
+    assert len(pids) == 2 and after.children_user > before.children_user
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_no_company_is_said_of_nobody_and_a_negative_one_is_refused() -> None:
+    assert (company(0), company(1), company(2)) == ("", "beside 1 busy process", "beside 2 busy processes")
+    with pytest.raises(ValueError, match="--beside -1"):
+        Busy(-1)
+
+
+def test_step_in_company_says_so_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["step", "--opt", "sgd", "--shape", "3x64", "--vs", "none", "--seconds", "0.01", "--quick"]
+    assert main([*arguments, "--device", "cpu", "--beside", "1", "--out", str(tmp_path)]) == 0
+    assert "SGD (sgd), fp32, cpu, beside 1 busy process" in capsys.readouterr().out
+    result = Result.load(tmp_path / "step-beside-1.json")
+    assert result.settings["beside"] == 1 and all(row["beside"] == 1 for row in result.rows)
+    assert MachineResults.collect(tmp_path).condition == "beside 1 busy process"
+
+
+def test_targets_measure_timed_goals_in_both_conditions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def planted(name: str, unit: str) -> goals.Goal:
+        def measured(run: common.Run) -> tuple[float, str]:
+            seen.append((name, len(run._busy._processes)))
+            return 3.0 if run.session.beside else 1.0, "planted"
+
+        return goals.Goal(name, 2.0, unit, measured)
+
+    monkeypatch.setattr(goals, "cpu_goals", lambda: [planted("speed", "x"), planted("bytes", "B")])
+    assert main(["targets", "--device", "cpu", "--beside", "2", "--out", str(tmp_path)]) == 1  # missed alone
+    assert seen == [("speed", 0), ("speed", 2), ("bytes", 0)]
+    assert "beside 2 busy processes" in capsys.readouterr().out
+    speed, size = Result.load(tmp_path / "targets.json").goals
+    assert (speed["value"], speed["verdict"], speed["beside_value"], speed["beside_verdict"]) == (1, "MISSED", 3, "met")
+    assert "beside" not in size
+    table = TABLES["goals"](MachineResults.collect(tmp_path))
+    assert "| goal | bound | alone |  | beside 2 busy processes |  |" in table
+    assert "| speed | at least 2 x | 1.00 x | MISSED | 3.00 x | met |" in table
+    assert "targets --beside 2" in plan(False, False, 2)
+
+
+def test_rows_of_different_conditions_are_not_mixed() -> None:
+    rows = [{"bench": "step", "median_ms": 1.0}, {"bench": "step", "median_ms": 9.0, "beside": 2}]
+    results = MachineResults(MACHINE, {"step": Result("step", MACHINE, {}, rows)})
+    assert [r["median_ms"] for r in results.rows("step")] == [1.0] and not results.condition
+
+
+# ---- trainings ----
+
+
+def test_trainings_resume_and_come_out_in_the_tables_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[str, int]] = []
+
+    def train(_run: Any, form: converge.Format, size: str, steps: int, seed: int, _tell: Any) -> dict[str, Any]:
+        trained.append((form.key, seed))
+        return {
+            "bench": "converge", "format": form.label, "seed": seed, "steps": steps, "size": size,
+            "validation_loss": 2.0 + seed, "losses": [3.0],
+        }  # fmt: skip
+
+    monkeypatch.setattr(converge, "train", train)
+    common_arguments = ["converge", "--what", "loss", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*common_arguments, "--formats", "split,torch-bf16"]) == 0
+    assert trained == [("split", 0), ("torch-bf16", 0), ("split", 1), ("torch-bf16", 1)]
+    trained.clear()
+    assert main([*common_arguments, "--formats", "split,torch-fp32", "--resume"]) == 0
+    assert trained == [("torch-fp32", 0), ("torch-fp32", 1)]
+    rows = Result.load(tmp_path / "converge.json").rows
+    assert [(r["seed"], r["format"]) for r in rows] == [
+        (s, f) for s in (0, 1) for f in ("torch float32", "bf16 split", "torch bf16")
+    ]
+    capsys.readouterr()
+    assert main([*common_arguments, "--steps", "7", "--resume"]) == 2
+    assert "1000 steps" in capsys.readouterr().err
+    assert main(["converge", "--resume"]) == 2 and "--out" in capsys.readouterr().err
+    assert main(["converge", "--formats", "nosuch"]) == 2 and "split8-int8" in capsys.readouterr().err
+
+
+def test_one_training_learns(tmp_path: Path) -> None:
+    arguments = ["--steps", "3", "--seeds", "1", "--formats", "split", "--device", "cpu", "--threads", "1"]
+    threads = torch.get_num_threads()
+    try:
+        assert main(["converge", "--what", "loss", *arguments, "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = Result.load(tmp_path / "converge.json")
+    (row,) = result.rows
+    assert row["losses"][-1] < row["losses"][0] and 3 < row["validation_loss"] < row["losses"][0]
+    assert result.settings["threads"] == 1 and result.machine["threads"] == threads  # quality: the machine is the same
+
+
+def test_decay_is_lost_by_bfloat16_alone() -> None:
+    by_label = {v.label: v for v in VARIANTS}
+    for label, kept in (("fused, split", True), ("fused, split8", True), ("fused, stochastic", True), ("torch", False)):
+        record = measure(by_label[label], torch.device("cpu"))
+        assert (record["mean_error"] < 0.01) == kept and (record["share_of_decay"] > 0.95) == kept, record
+        assert cells_of(record)[-1] == ("yes" if kept else "no")
+    get_systems("all")  # registers the third parties
+    absent = replace(by_label["torch"], system="apex")  # needs a GPU
+    assert measure(absent, torch.device("cpu"))["status"] != "ok"
+
+
+# ---- results ----
+
+
+def test_publishing_keeps_what_the_folder_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.commands import publish
+
+    monkeypatch.setattr(publish.readme, "run", lambda _: 0)
+    monkeypatch.setattr(publish, "draw", lambda *_: [])
+    row = {"bench": "converge", "format": "x", "seed": 0}
+    for command, folder in (("converge", "first"), ("step", "second")):
+        Result(command, MACHINE, {}, [row]).save(tmp_path / folder)
+        assert main(["publish", str(tmp_path / folder), "--results", str(tmp_path / "results")]) == 0
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert set(MachineResults.load(path).sections) == {"converge", "step"}
+
+
+def _row(system: str, profile: str, ms: float, ratio: float | None = None) -> Row:
+    return Row("compare", "adamw", "fp32", profile, 1, 1, system, system, median_ms=ms, ratio=ratio)
+
+
+def test_where_ours_is_not_first_is_said_in_words() -> None:
+    rows = [_row("fused", "a", 2.0), _row("peer", "a", 1.5, 0.75), _row("fused", "b", 2.0), _row("peer", "b", 4.0, 2.0)]
+    assert verdict(rows) == [
+        "ours is first, within 3 %, in 1 of 2 comparisons; not first:",
+        "  adamw fp32 a: peer takes 1.50 ms, 25% less than our 2.00 ms",
+    ]
+    assert verdict(rows[2:]) == ["ours is first, within 3 %, in each of 1 comparisons"]
+    assert verdict(rows[:1]) == []
+    results = MachineResults(MACHINE, {"compare": Result("compare", MACHINE, {}, [vars(r) for r in rows])})
+    assert "\n\n- adamw fp32 a: peer takes 1.50 ms, 25% less than our 2.00 ms\n" in TABLES["compare"](results)
