@@ -17,13 +17,13 @@ constexpr int32_t kCpuDevice = 1;  // DLPack's number
 bool is_dense(const TensorView& view) {
   if (view.numel == 0) return true;
   int left = 0;
-  for (int d = 0; d < view.ndim; ++d) left += view.shape[d] != 1;
+  for (int d = 0; d < view.ndim; ++d) left += view.dims[d].size != 1;
   for (int64_t expected = 1; left > 0; --left) {
     int next = -1;
     for (int d = view.ndim - 1; d >= 0 && next < 0; --d)
-      if (view.shape[d] != 1 && view.stride[d] == expected) next = d;
+      if (view.dims[d].size != 1 && view.dims[d].stride == expected) next = d;
     if (next < 0) return false;
-    expected *= view.shape[next];
+    expected *= view.dims[next].size;
   }
   return true;
 }

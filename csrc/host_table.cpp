@@ -3,6 +3,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "prefetch.h"
+
 namespace py = pybind11;
 
 namespace fused {
@@ -75,9 +77,50 @@ void* data_of(PyObject* tensor) {
 constexpr size_t kFewRows = 64;
 constexpr size_t kLookEvery = 8;
 
-PyObject* grad_name() {
-  static PyObject* name = PyUnicode_InternFromString("grad");
-  return name;
+// torch.Tensor's own `.grad`, called without the search through a class and its bases that every attribute costs.
+class Grad {
+ public:
+  Grad() : name_(PyUnicode_InternFromString("grad")) {
+    descriptor_ = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
+    if (Py_IS_TYPE(descriptor_, &PyGetSetDescr_Type)) getset_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_)->d_getset;
+  }
+
+  // Whether instances of the class have it, not a property of the class's own.
+  bool serves(PyObject* tensor) const {
+    const py::object found = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), name_));
+    if (!found) PyErr_Clear();
+    return getset_ != nullptr && found.ptr() == descriptor_;
+  }
+
+  py::object of(PyObject* tensor, bool own) const {
+    PyObject* grad = own ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
+    if (grad == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(grad);
+  }
+
+ private:
+  PyObject* name_;
+  PyObject* descriptor_;
+  PyGetSetDef* getset_ = nullptr;
+};
+
+const Grad& grads() {
+  static const Grad* instance = new Grad;
+  return *instance;
+}
+
+// Rows' objects lie scattered over the heap, so they are fetched this many rows before their turn: first the objects
+// themselves, then what the first word after an object's head points to, which in a torch tensor is its implementation.
+constexpr size_t kFarAhead = 12, kNearAhead = 6;
+
+void prefetch_object(PyObject* object) {
+  if (object != nullptr) prefetch(object);
+}
+
+void prefetch_implementation(PyObject* tensor) {
+  const char* implementation = static_cast<const char*>(reinterpret_cast<void**>(tensor)[sizeof(PyObject) / sizeof(void*)]);
+  for (int line = 0; line < 4; ++line) prefetch(implementation + 64 * line);
 }
 
 double number_at(PyObject* value) {
@@ -94,7 +137,8 @@ bool TensorView::same_place(const TensorView& other) const {
   if (ndim != other.ndim || numel != other.numel || device_type != other.device_type || device_index != other.device_index)
     return false;
   for (int d = 0; d < ndim; ++d)
-    if (shape[d] != other.shape[d] || (shape[d] != 1 && numel != 0 && stride[d] != other.stride[d])) return false;
+    if (dims[d].size != other.dims[d].size || (dims[d].size != 1 && numel != 0 && dims[d].stride != other.dims[d].stride))
+      return false;
   return true;
 }
 
@@ -108,13 +152,12 @@ bool view_of(PyObject* tensor, TensorView& view) {
   }
   if (t.ndim > TensorView::kMaxDims || t.dtype.lanes != 1) return false;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
-  view.device_type = t.device.type;
+  view.device_type = int16_t(t.device.type);
   view.device_index = t.device.index;
-  view.ndim = t.ndim;
+  view.ndim = int8_t(t.ndim);
   view.numel = 1;
   for (int d = 0; d < t.ndim; ++d) {
-    view.shape[d] = t.shape[d];
-    view.stride[d] = t.strides[d];
+    view.dims[d] = {t.shape[d], t.strides[d]};
     view.numel *= t.shape[d];
   }
   view.format = format_of(t.dtype.code, t.dtype.bits, view.numel);
@@ -183,11 +226,15 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
   entry.watched = watched && view_of(entry.param.ptr(), entry.view);
   entry.ready = row.grad != nullptr;
   entry.foreign = number("foreign") != 0;
+  entry.own_grad = grads().serves(entry.param.ptr());
   if (py::isinstance<py::dict>(state)) {
-    for (const auto item : py::reinterpret_borrow<py::dict>(state)) {
-      if (py::hasattr(item.second, "data_ptr"))
-        entry.tensors.push_back({py::reinterpret_borrow<py::object>(item.first), item.second.ptr(), data_of(item.second.ptr())});
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) {
+      const bool is_tensor = py::hasattr(value, "data_ptr");
+      entry.values.push_back(is_tensor ? py::reinterpret_borrow<py::object>(value) : py::object());
+      if (is_tensor) entry.last = value;
     }
+    if (entry.last != nullptr) entry.last_data = data_of(entry.last);
     entry.state = std::move(state);
   }
   rows[index] = row;
@@ -198,11 +245,15 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
 
 // The tensors of a state dictionary by identity, and, where `look` says so, the memory of the last one. Code that moves
 // state by assigning to `.data` moves all of it, so a look at some rows in each step finds it; a look at every address
-// would double the cost of a step's bookkeeping.
+// would double the cost of a step's bookkeeping. Walking a dictionary costs no hashing.
 bool HostTable::state_in_place(const Entry& entry, bool look) {
-  for (const Watched& watched : entry.tensors)
-    if (PyDict_GetItemWithError(entry.state.ptr(), watched.key.ptr()) != watched.tensor) return false;
-  return !look || entry.tensors.empty() || data_of(entry.tensors.back().tensor) == entry.tensors.back().data;
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t position = 0;
+  size_t i = 0;
+  for (; PyDict_Next(entry.state.ptr(), &position, &key, &value); ++i)
+    if (i >= entry.values.size() || (entry.values[i] && entry.values[i].ptr() != value)) return false;
+  if (i != entry.values.size()) return false;
+  return !look || entry.last == nullptr || data_of(entry.last) == entry.last_data;
 }
 
 // True if the row holds for the live objects, with the gradient's address brought up to date.
@@ -212,8 +263,7 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
   if (!view_of(entry.param.ptr(), view) || view.data != entry.view.data || !view.same_layout(entry.view)) return false;
   if (entry.foreign) return true;
 
-  const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.param.ptr(), grad_name()));
-  if (!grad) throw py::error_already_set();
+  const py::object grad = grads().of(entry.param.ptr(), entry.own_grad);
   const void* address = nullptr;
   if (!grad.is_none()) {
     if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;
@@ -282,6 +332,11 @@ py::object HostTable::refresh(const py::list& param_groups, const py::dict& stat
     if (params == nullptr || !PyList_Check(params)) return py::none();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++index) {
       if (index >= entries_.size() || entries_[index].param.ptr() != PyList_GET_ITEM(params, i)) return py::none();
+      if (index + kFarAhead < entries_.size()) {
+        prefetch_object(entries_[index + kFarAhead].param.ptr());
+        prefetch_object(entries_[index + kFarAhead].state.ptr());
+        prefetch_implementation(entries_[index + kNearAhead].param.ptr());
+      }
       const bool look = entries_.size() <= kFewRows || index % kLookEvery == turn_ % kLookEvery;
       if (!unchanged(entries_[index], rows[index], look)) attention.append(index);
     }

@@ -16,14 +16,16 @@ namespace fused {
 // Dtype, shape and place of a tensor as of the last look.
 struct TensorView {
   static constexpr int kMaxDims = 8;
+  struct Dim {
+    int64_t size, stride;
+  };
   void* data = nullptr;
   int64_t numel = 0;  // real numbers: a complex element counts twice
   uint8_t format = kNone;
-  int32_t device_type = 0;
+  int8_t ndim = 0;
+  int16_t device_type = 0;
   int32_t device_index = 0;
-  int32_t ndim = 0;
-  int64_t shape[kMaxDims] = {};
-  int64_t stride[kMaxDims] = {};
+  Dim dims[kMaxDims];  // the first ndim are set
 
   // Same dtype, device, shape and, where a size exceeds one, strides.
   bool same_layout(const TensorView& other) const;
@@ -42,8 +44,7 @@ class HostTable {
   explicit HostTable(pybind11::list hyper_names_by_rule);
 
   void resize(size_t rows, size_t groups);
-  // Row `index`: the parameter object, the state dictionary and the tensors in it whose identity is watched, and the
-  // row's fields. `watched` false: Python looks at this row before every step.
+  // Row `index`: the parameter object, the state dictionary, whose tensors' identity is watched, and the row's fields. `watched` false: Python looks at this row before every step.
   void bind(size_t index, pybind11::object param, bool watched, pybind11::object state, pybind11::dict fields);
   // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
   // groups hold other parameters than the table.
@@ -66,19 +67,19 @@ class HostTable {
   pybind11::list active_params() const;
 
  private:
-  struct Watched {
-    pybind11::object key;
-    PyObject* tensor;  // borrowed from the state dictionary
-    void* data;
-  };
+  // In the order in which they are looked at: what a step reads of an entry should lie in few cache lines.
   struct Entry {
     pybind11::object param;
     pybind11::object state;
-    std::vector<Watched> tensors;
-    TensorView view;
     bool watched = false;
-    bool foreign = false;  // another table updates it
-    bool ready = false;  // state exists: a gradient may be used
+    bool foreign = false;   // another table updates it
+    bool ready = false;     // state exists: a gradient may be used
+    bool own_grad = false;  // `.grad` is torch.Tensor's own
+    TensorView view;
+    // Of the state dictionary, in its order; null: no tensor. Owned, so that no other tensor takes the place of a dead one.
+    std::vector<pybind11::object> values;
+    PyObject* last = nullptr;       // the last tensor among them, and its memory
+    void* last_data = nullptr;
   };
 
   bool unchanged(Entry& entry, TensorRow& row, bool look);

@@ -162,7 +162,7 @@ void update_adafactor(const std::vector<TensorRow>& rows, const std::vector<Fact
     jobs.emplace_back(row, factored[r], groups[size_t(row.group)], UpdateContext{double(*row.step), decision.grad_factor, control.seed});
   }
 
-  const int threads = threads_for(rows);
+  const int threads = threads_for(elements);
   const int64_t share = std::min(kWarmElements, elements / (threads * kTensorsPerThread));
   const int64_t undivided = std::max(kHotElements, share);
   std::vector<AdafactorJob*> divided, small;

@@ -10,6 +10,7 @@
 #include <omp.h>
 #endif
 
+#include "../prefetch.h"
 #include "../prologue.h"
 #include "kernels.h"
 
@@ -25,6 +26,8 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 // What a tensor costs beside its elements, in elements.
 constexpr int64_t kRowCost = 48;
+// How many rows before its use a step count is fetched: each lies in memory of its own.
+constexpr size_t kRowsAhead = 8;
 
 bool supported(const char* name) {
 #if defined(__x86_64__)
@@ -60,25 +63,28 @@ struct Piece {
   int64_t begin, end;
 };
 
-// Splits the rows with a gradient evenly between threads, at multiples of kChunk within a tensor.
+// Splits the rows with a gradient evenly between as many threads as are worth their while, at multiples of kChunk within
+// a tensor.
 class Partition {
  public:
-  Partition(const std::vector<TensorRow>& rows, int threads) : rows_(rows), threads_(threads), total_(0) {
-    for (const TensorRow& row : rows) total_ += cost(row);
+  explicit Partition(const std::vector<TensorRow>& rows) : rows_(rows), ends_(rows.size()) {
+    int64_t total = 0;
+    for (size_t r = 0; r < rows.size(); ++r) ends_[r] = total += cost(rows[r]);
+    total_ = total;
+    threads_ = threads_for(total);
   }
+
+  int threads() const { return threads_; }
 
   template <class Body>
   void for_each(int thread, Body body) const {
     const int64_t from = bound(thread), to = bound(thread + 1);
-    int64_t position = 0;
-    for (size_t r = 0; r < rows_.size() && position < to; ++r) {
+    size_t r = size_t(std::upper_bound(ends_.begin(), ends_.end(), from) - ends_.begin());
+    for (int64_t position = r == 0 ? 0 : ends_[r - 1]; r < rows_.size() && position < to; position = ends_[r++]) {
       const TensorRow& row = rows_[r];
-      const int64_t size = cost(row);
-      if (size > 0 && position + size > from) {
-        const int64_t begin = element(row, from - position), end = element(row, to - position);
-        if (begin < end) body(Piece{r, begin, end});
-      }
-      position += size;
+      if (r + 1 < rows_.size()) prefetch(rows_[r + 1]);
+      const int64_t begin = element(row, from - position), end = element(row, to - position);
+      if (ends_[r] > position && begin < end) body(Piece{r, begin, end});
     }
   }
 
@@ -92,7 +98,15 @@ class Partition {
     return std::min(row.numel, (offset + kChunk / 2) / kChunk * kChunk);
   }
 
+  // Small tensors end before the processor has seen a pattern in their addresses.
+  static void prefetch(const TensorRow& row) {
+    fused::prefetch(row.grad);
+    fused::prefetch(row.param);
+    for (const void* state : row.state) fused::prefetch(state);
+  }
+
   const std::vector<TensorRow>& rows_;
+  std::vector<int64_t> ends_;  // the cost of all rows up to and with this one
   int threads_;
   int64_t total_;
 };
@@ -132,9 +146,7 @@ int max_threads() {
 
 const Kernels& active_kernels() { return *active; }
 
-int threads_for(const std::vector<TensorRow>& rows) {
-  int64_t elements = 0;
-  for (const TensorRow& row : rows) elements += row.grad == nullptr ? 0 : row.numel + kRowCost;
+int threads_for(int64_t elements) {
   return int(std::max<int64_t>(1, std::min<int64_t>(max_threads(), elements / kElementsPerThread)));
 }
 
@@ -144,9 +156,8 @@ void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values
     first[r + 1] = first[r] + (rows[r].grad == nullptr ? 0 : size_t((rows[r].numel + kChunk - 1) / kChunk));
   std::vector<Reduction> partial(first.back());
 
-  const int threads = threads_for(rows);
-  const Partition partition(rows, threads);
-  parallel(threads, [&](int thread) {
+  const Partition partition(rows);
+  parallel(partition.threads(), [&](int thread) {
     partition.for_each(thread, [&](const Piece& piece) {
       for (int64_t begin = piece.begin; begin < piece.end; begin += kChunk)
         partial[first[piece.row] + size_t(begin / kChunk)] =
@@ -175,9 +186,8 @@ void reduce(const std::vector<TensorRow>& rows, bool maximum, double* row_values
 
 bool scale(const std::vector<TensorRow>& rows, double factor) {
   std::atomic<bool> nonfinite{false};
-  const int threads = threads_for(rows);
-  const Partition partition(rows, threads);
-  parallel(threads, [&](int thread) {
+  const Partition partition(rows);
+  parallel(partition.threads(), [&](int thread) {
     bool found = false;
     partition.for_each(thread, [&](const Piece& p) { found |= active->scale(rows[p.row], p.begin, p.end, factor); });
     if (found) nonfinite = true;
@@ -186,17 +196,15 @@ bool scale(const std::vector<TensorRow>& rows, double factor) {
 }
 
 void clamp(const std::vector<TensorRow>& rows, double limit) {
-  const int threads = threads_for(rows);
-  const Partition partition(rows, threads);
-  parallel(threads, [&](int thread) {
+  const Partition partition(rows);
+  parallel(partition.threads(), [&](int thread) {
     partition.for_each(thread, [&](const Piece& p) { active->clamp(rows[p.row], p.begin, p.end, limit); });
   });
 }
 
 void accumulate(const std::vector<TensorRow>& rows, const std::vector<uint8_t>& overwrite) {
-  const int threads = threads_for(rows);
-  const Partition partition(rows, threads);
-  parallel(threads, [&](int thread) {
+  const Partition partition(rows);
+  parallel(partition.threads(), [&](int thread) {
     partition.for_each(thread, [&](const Piece& p) { active->accumulate(rows[p.row], p.begin, p.end, overwrite[p.row] != 0); });
   });
 }
@@ -204,17 +212,19 @@ void accumulate(const std::vector<TensorRow>& rows, const std::vector<uint8_t>& 
 void update(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, const StepControl& control) {
   const StepDecision decision = decide(control);
   if (decision.skip) return;
-  for (const TensorRow& row : rows)
-    if (row.grad != nullptr && row.step != nullptr) *row.step += 1.0f;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (r + kRowsAhead < rows.size()) prefetch(rows[r + kRowsAhead].step);
+    if (rows[r].grad != nullptr && rows[r].step != nullptr) *rows[r].step += 1.0f;
+  }
 
-  const int threads = threads_for(rows);
-  const Partition partition(rows, threads);
-  parallel(threads, [&](int thread) {
+  const Partition partition(rows);
+  parallel(partition.threads(), [&](int thread) {
+    ConstantsCache constants;
     partition.for_each(thread, [&](const Piece& piece) {
       const TensorRow& row = rows[piece.row];
       // A rule without a count has history: "not the first step".
       const double step = row.step != nullptr ? double(*row.step) : 2.0;
-      active->update(row, groups[size_t(row.group)], piece.begin, piece.end, {step, decision.grad_factor, control.seed});
+      active->update(row, groups[size_t(row.group)], piece.begin, piece.end, {step, decision.grad_factor, control.seed, &constants});
     });
   });
 }

@@ -15,8 +15,8 @@ void select_isa(const std::string& name);
 int max_threads();
 
 const Kernels& active_kernels();
-// How many threads are worth their while for these rows.
-int threads_for(const std::vector<TensorRow>& rows);
+// How many threads are worth their while for this many elements.
+int threads_for(int64_t elements);
 
 // Norms of the gradients: `row_values` receives {sum of squares or largest magnitude, 1 where an element is not finite} per
 // row (may be null), `total` {value over all rows, number of rows with nonfinite elements}.

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "../formats.h"
 #include "../rules.h"
@@ -41,9 +43,28 @@ void apply_rule(T* __restrict p, const T* __restrict g, T* const* s, int64_t n, 
   }
 }
 
+template <class Rule, class T>
+typename Rule::template Constants<T> constants_for(const GroupRow& group, const UpdateContext& context) {
+  using Constants = typename Rule::template Constants<T>;
+  ConstantsCache& cache = *context.constants;
+  static_assert(std::is_trivially_copyable_v<Constants> && sizeof(Constants) <= sizeof cache.bytes);
+  constexpr bool kWide = sizeof(T) == 8;
+  Constants constants;
+  if (cache.group == &group && cache.step == context.step && cache.wide == kWide) {  // a group has one rule
+    std::memcpy(&constants, cache.bytes, sizeof constants);
+    return constants;
+  }
+  constants = Rule::template constants<T>(group.hyper, context.step);
+  std::memcpy(cache.bytes, &constants, sizeof constants);
+  cache.group = &group;
+  cache.step = context.step;
+  cache.wide = kWide;
+  return constants;
+}
+
 template <class Rule>
 void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
-  const auto constants = Rule::template constants<float>(group.hyper, context.step);
+  const auto constants = constants_for<Rule, float>(group, context);
   const float factor = float(context.grad_factor * group.grad_sign);
   Buffers<float> buffer;
   bool in_place = row.param_format == kFloat32 && row.grad_format == kFloat32;
@@ -71,7 +92,7 @@ void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, in
 // float64 parameters: float64 states and arithmetic, gradients of any format.
 template <class Rule>
 void update_double(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
-  const auto constants = Rule::template constants<double>(group.hyper, context.step);
+  const auto constants = constants_for<Rule, double>(group, context);
   const double factor = context.grad_factor * group.grad_sign;
   alignas(64) double buffer[kBlock];
   for (int64_t b = begin; b < end; b += kBlock) {

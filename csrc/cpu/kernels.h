@@ -9,10 +9,20 @@ namespace fused {
 
 constexpr int64_t kChunk = 8192;  // elements; threads meet at multiples of it, partial sums are kept per chunk
 
+// What a rule made of a group's hyperparameters at a step. Tensors of a group mostly share their step count, and powers of
+// the betas cost more than the update of a small tensor: one thread keeps the last ones for the next tensor.
+struct ConstantsCache {
+  const GroupRow* group = nullptr;
+  double step = 0.0;
+  bool wide = false;  // made for float64
+  alignas(16) unsigned char bytes[128];
+};
+
 struct UpdateContext {
   double step;         // count including this update
   double grad_factor;  // loss unscaling, averaging and clipping in one
   uint64_t seed;
+  ConstantsCache* constants = nullptr;  // of this thread, empty at the beginning of a step
 };
 
 // Sum of squares, or largest magnitude, of a range; nonfinite elements propagate.
