@@ -8,6 +8,7 @@
 #include "host_table.h"
 #include "prologue.h"
 #include "rules.h"
+#include "tensor_view.h"
 
 #if defined(FUSED_WITH_CUDA)
 #include "cuda/driver.h"
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa, "instruction set in use");
   m.def("select_isa", &select_isa, py::arg("name"), "use another instruction set; '' for the best this processor has");
   m.def("max_threads", &max_threads);
+  m.def("tensor_interface", &tensor_interface, "how tensors are read: torch's stable ABI or DLPack");
 
   py::class_<StepControl>(m, "StepControl")
       .def(py::init([](uintptr_t norm_total, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t grad_norm, uintptr_t skipped,

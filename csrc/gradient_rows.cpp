@@ -28,14 +28,6 @@ bool is_dense(const TensorView& view) {
   return true;
 }
 
-// A DTensor, or another class that stands for tensors elsewhere, has an address of its own that means nothing.
-bool is_plain(PyObject* tensor) {
-  static PyObject* const tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-  static PyObject* const parameter_type = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  return type == tensor_type || type == parameter_type;
-}
-
 py::object grad_of(PyObject* param) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));

@@ -2,6 +2,8 @@
 
 #include <limits>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "prefetch.h"
 
@@ -10,68 +12,8 @@ namespace py = pybind11;
 namespace fused {
 namespace {
 
-// The C exchange interface of DLPack 1.2, as far as it is used (https://dmlc.github.io/dlpack). The layout is a stable ABI.
-struct DLTensor {
-  void* data;
-  struct { int32_t type, index; } device;
-  int32_t ndim;
-  struct { uint8_t code, bits; uint16_t lanes; } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-
-struct DLPackExchangeAPI {
-  struct { uint32_t major, minor; } version;
-  void* previous;
-  void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object;
-  void* managed_tensor_to_py_object;
-  int (*dltensor_from_py_object)(void* object, DLTensor* out);
-  void* current_work_stream;
-};
-
-const DLPackExchangeAPI* find_exchange() {
-  const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->version.major != 1 || api->dltensor_from_py_object == nullptr)
-    throw std::runtime_error("this torch offers DLPack exchange " + std::to_string(api->version.major) + "." +
-                             std::to_string(api->version.minor) + ", version 1 is needed");
-  return api;
-}
-
-const DLPackExchangeAPI& exchange() {
-  static const DLPackExchangeAPI* api = find_exchange();
-  return *api;
-}
-
-enum DLCode : uint8_t { kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5 };
-
-uint8_t format_of(uint8_t code, uint8_t bits, int64_t& numel) {
-  if (code == kDLComplex) {  // a complex number is two reals
-    numel *= 2;
-    bits = uint8_t(bits / 2);
-    code = kDLFloat;
-  }
-  if (code == kDLFloat && bits == 32) return kFloat32;
-  if (code == kDLFloat && bits == 64) return kFloat64;
-  if (code == kDLFloat && bits == 16) return kFloat16;
-  if (code == kDLBfloat && bits == 16) return kBFloat16;
-  return kNone;
-}
-
 // Stands for the address of a tensor without elements, which torch gives as null: null means "no gradient" in a row.
 void* const kNoElements = reinterpret_cast<void*>(uintptr_t{64});
-
-void* data_of(PyObject* tensor) {
-  DLTensor t;
-  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  return static_cast<char*>(t.data) + t.byte_offset;
-}
 
 // State memory is looked at in every step for models of few tensors, else for one row in kLookEvery, in turn.
 constexpr size_t kFewRows = 64;
@@ -132,44 +74,6 @@ double number_at(PyObject* value) {
 }
 
 }  // namespace
-
-bool TensorView::same_place(const TensorView& other) const {
-  if (ndim != other.ndim || numel != other.numel || device_type != other.device_type || device_index != other.device_index)
-    return false;
-  for (int d = 0; d < ndim; ++d)
-    if (dims[d].size != other.dims[d].size || (dims[d].size != 1 && numel != 0 && dims[d].stride != other.dims[d].stride))
-      return false;
-  return true;
-}
-
-bool TensorView::same_layout(const TensorView& other) const { return format == other.format && same_place(other); }
-
-bool view_of(PyObject* tensor, TensorView& view) {
-  DLTensor t;
-  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (t.ndim > TensorView::kMaxDims || t.dtype.lanes != 1) return false;
-  view.data = static_cast<char*>(t.data) + t.byte_offset;
-  view.device_type = int16_t(t.device.type);
-  view.device_index = t.device.index;
-  view.ndim = int8_t(t.ndim);
-  view.numel = 1;
-  for (int d = 0; d < t.ndim; ++d) {
-    view.dims[d] = {t.shape[d], t.strides[d]};
-    view.numel *= t.shape[d];
-  }
-  view.format = format_of(t.dtype.code, t.dtype.bits, view.numel);
-  return view.format != kNone;
-}
-
-bool is_negated(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  const py::object result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
-  if (!result) throw py::error_already_set();
-  return result.ptr() == Py_True;
-}
 
 HostTable::HostTable(py::list hyper_names_by_rule) {
   for (const py::handle rule : hyper_names_by_rule) {

@@ -10,34 +10,9 @@
 #include <vector>
 
 #include "table.h"
+#include "tensor_view.h"
 
 namespace fused {
-
-// Dtype, shape and place of a tensor as of the last look.
-struct TensorView {
-  static constexpr int kMaxDims = 8;
-  struct Dim {
-    int64_t size, stride;
-  };
-  void* data = nullptr;
-  int64_t numel = 0;  // real numbers: a complex element counts twice
-  uint8_t format = kNone;
-  int8_t ndim = 0;
-  int16_t device_type = 0;
-  int32_t device_index = 0;
-  Dim dims[kMaxDims];  // the first ndim are set
-
-  // Same dtype, device, shape and, where a size exceeds one, strides.
-  bool same_layout(const TensorView& other) const;
-  bool same_place(const TensorView& other) const;  // shape, strides and device, dtype apart
-};
-
-// Reads a torch tensor without creating Python objects. False: it has none of the known dtypes, too many dimensions, or
-// cannot be exported, and Python has to look at it.
-bool view_of(PyObject* tensor, TensorView& view);
-// Whether a tensor stands for the negated elements of its memory, which its view does not show. Autograd leaves such
-// gradients (imaginary parts of conjugated tensors) where they are dense, which is where they have one element.
-bool is_negated(PyObject* tensor);
 
 class HostTable {
  public:

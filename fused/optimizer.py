@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
 
 from . import memory
 from . import state as state_storage
@@ -145,6 +147,29 @@ class FusedOptimizer(Optimizer):
         return self._rule(group).counts_steps or bool(group["stochastic_rounding"])
 
     # ---- torch.optim's contract ----
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch.optim's wrapper of ``step``, which runs hooks and names the step for a profiler, where it has work.
+
+        The name alone costs more than the update of a small model.
+        """
+        with_hooks = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or optimizer_hooks._global_optimizer_pre_hooks
+                or optimizer_hooks._global_optimizer_post_hooks
+                or torch.compiler.is_compiling()
+                or torch._C._autograd._profiler_enabled()
+            ):
+                return with_hooks(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return wrapper
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient.
