@@ -23,27 +23,18 @@ constexpr size_t kLookEvery = 8;
 class Grad {
  public:
   Grad() : name_(PyUnicode_InternFromString("grad")) {
-    descriptor_ = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
-    if (Py_IS_TYPE(descriptor_, &PyGetSetDescr_Type)) getset_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_)->d_getset;
+    PyObject* found = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
+    if (Py_IS_TYPE(found, &PyGetSetDescr_Type)) getset_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
   }
 
-  // Whether instances of the class have it, not a property of the class's own.
-  bool serves(PyObject* tensor) const {
-    const py::object found = py::reinterpret_steal<py::object>(
-        PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), name_));
-    if (!found) PyErr_Clear();
-    return getset_ != nullptr && found.ptr() == descriptor_;
-  }
-
-  py::object of(PyObject* tensor, bool own) const {
-    PyObject* grad = own ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
+  py::object of(PyObject* tensor) const {
+    PyObject* grad = getset_ != nullptr ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
     if (grad == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(grad);
   }
 
  private:
   PyObject* name_;
-  PyObject* descriptor_;
   PyGetSetDef* getset_ = nullptr;
 };
 
@@ -130,7 +121,6 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
   entry.watched = watched && view_of(entry.param.ptr(), entry.view);
   entry.ready = row.grad != nullptr;
   entry.foreign = number("foreign") != 0;
-  entry.own_grad = grads().serves(entry.param.ptr());
   if (py::isinstance<py::dict>(state)) {
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) {
@@ -167,7 +157,7 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
   if (!view_of(entry.param.ptr(), view) || view.data != entry.view.data || !view.same_layout(entry.view)) return false;
   if (entry.foreign) return true;
 
-  const py::object grad = grads().of(entry.param.ptr(), entry.own_grad);
+  const py::object grad = grads().of(entry.param.ptr());
   const void* address = nullptr;
   if (!grad.is_none()) {
     if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;

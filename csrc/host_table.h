@@ -19,7 +19,8 @@ class HostTable {
   explicit HostTable(pybind11::list hyper_names_by_rule);
 
   void resize(size_t rows, size_t groups);
-  // Row `index`: the parameter object, the state dictionary, whose tensors' identity is watched, and the row's fields. `watched` false: Python looks at this row before every step.
+  // Row `index`: the parameter object, the state dictionary, whose tensors' identity is watched, and the row's fields. `watched` false: Python looks at this row before every
+  // step, as it must where the class has a property `grad` of its own.
   void bind(size_t index, pybind11::object param, bool watched, pybind11::object state, pybind11::dict fields);
   // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
   // groups hold other parameters than the table.
@@ -47,9 +48,8 @@ class HostTable {
     pybind11::object param;
     pybind11::object state;
     bool watched = false;
-    bool foreign = false;   // another table updates it
-    bool ready = false;     // state exists: a gradient may be used
-    bool own_grad = false;  // `.grad` is torch.Tensor's own
+    bool foreign = false;  // another table updates it
+    bool ready = false;    // state exists: a gradient may be used
     TensorView view;
     // Of the state dictionary, in its order; null: no tensor. Owned, so that no other tensor takes the place of a dead one.
     std::vector<pybind11::object> values;

@@ -4,6 +4,7 @@
 // tensor's handle; where a look at a tensor does not find that, the second serves.
 #include "tensor_view.h"
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -91,7 +92,7 @@ bool view_by_exchange(PyObject* tensor, TensorView& view) {
 
 class StableABI {
  public:
-  // Null where this torch or this system does not offer it.
+  // Null where this torch or this system does not offer it, and where FUSED_TENSOR_INTERFACE=dlpack declines it.
   static const StableABI* instance() {
     static const StableABI* found = find();
     return found;
@@ -139,6 +140,8 @@ class StableABI {
 
   static const StableABI* find() {
 #if defined(__linux__) || defined(__APPLE__)
+    const char* wanted = std::getenv("FUSED_TENSOR_INTERFACE");
+    if (wanted != nullptr && std::string(wanted) == "dlpack") return nullptr;
     try {
       StableABI abi;
       if (abi.load() && abi.agrees()) return new StableABI(abi);
@@ -231,8 +234,8 @@ bool view_of(PyObject* tensor, TensorView& view) {
 }
 
 bool is_negated(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  const py::object result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+  static PyObject* const method = py::object(py::module_::import("torch").attr("Tensor").attr("is_neg")).release().ptr();
+  const py::object result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, tensor));
   if (!result) throw py::error_already_set();
   return result.ptr() == Py_True;
 }

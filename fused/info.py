@@ -61,6 +61,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
         "FUSED_ISA": os.environ.get("FUSED_ISA"),
+        "tensor_interface": tensor_interface(),
         "gpus": _gpus(),
     }
 
@@ -94,6 +95,14 @@ def instruction_set() -> str | None:
     """The instruction set that the compiled CPU kernels run with; None without them."""
     try:
         return str(importlib.import_module("fused._C").isa())
+    except (ImportError, AttributeError):
+        return None
+
+
+def tensor_interface() -> str | None:
+    """How the extension reads tensors' addresses: torch's stable ABI, or DLPack; None without the extension."""
+    try:
+        return str(importlib.import_module("fused._C").tensor_interface())
     except (ImportError, AttributeError):
         return None
 
@@ -156,6 +165,7 @@ def _sections(facts: dict[str, Any]) -> dict[str, dict[str, str]]:
             "CPU": f"{machine['cpu']}, {machine['cores']} cores",
             "threads": f"{machine['threads']} (torch.set_num_threads, OMP_NUM_THREADS)",
             "instruction set": f"{isa}, FUSED_ISA={override}" if override else f"{isa} (FUSED_ISA overrides)",
+            "tensors": f"{machine['tensor_interface'] or 'no extension'} (FUSED_TENSOR_INTERFACE=dlpack declines)",
             "GPU": "; ".join(_gpu_text(gpu) for gpu in machine["gpus"]) or _why_no_gpu(versions["torch_cuda"]),
         },
     }

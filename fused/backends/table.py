@@ -91,7 +91,7 @@ class TableBatch:
         group, rule = self.optimizer.param_groups[g], self.rules[g]
         self.staged.pop(index, None)
         # Whether a complex gradient is conjugated, as autograd leaves it, does not show in its address and strides.
-        plain = not (param.is_complex() or is_traceable_wrapper_subclass(param))
+        plain = not (param.is_complex() or is_traceable_wrapper_subclass(param) or makes_gradients(param))
         if param.grad is None:
             self.table.bind(index, param, plain, None, {})
             return
@@ -101,6 +101,8 @@ class TableBatch:
         if grad.is_conj() or grad.is_neg():
             plain = False
             grad = grad.resolve_conj().resolve_neg()
+            self.staged.setdefault(index, []).append(grad)
+        if makes_gradients(param):
             self.staged.setdefault(index, []).append(grad)
         grad = real(grad)
         dense = self._dense(index, value)
@@ -180,6 +182,11 @@ def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:
     else:
         state[name]._local_tensor = copy
     return copy
+
+
+def makes_gradients(param: Tensor) -> bool:
+    """Whether a class has a property ``grad`` of its own, which may make a tensor that nobody else keeps."""
+    return type(param).grad is not Tensor.grad
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:
