@@ -91,7 +91,7 @@ class TableBatch:
         group, rule = self.optimizer.param_groups[g], self.rules[g]
         self.staged.pop(index, None)
         # Whether a complex gradient is conjugated, as autograd leaves it, does not show in its address and strides.
-        plain = not (param.is_complex() or is_traceable_wrapper_subclass(param) or makes_gradients(param))
+        plain = not (makes_gradients(param) or param.is_complex() or is_traceable_wrapper_subclass(param))
         if param.grad is None:
             self.table.bind(index, param, plain, None, {})
             return
