@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import fused
+from fused import sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +83,15 @@ def collect() -> dict[str, Any]:
 
 
 def build_facts() -> dict[str, Any] | None:
-    """What the build wrote down (compilers, architectures); None if nothing was built."""
+    """What the build wrote down (compilers, architectures), and whether it is ``stale``; None if nothing was built."""
     try:
         module = importlib.import_module("fused._build_info")
     except ModuleNotFoundError:
         return None
     facts = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return {name: _plain(value) for name, value in facts.items() if isinstance(value, _PLAIN_TYPES)}
+    plain = {name: _plain(value) for name, value in facts.items() if isinstance(value, _PLAIN_TYPES)}
+    package = Path(str(fused.__file__)).parent
+    return {**plain, "stale": sources.is_stale(str(plain.get("source_hash")), package)}
 
 
 def instruction_set() -> str | None:
@@ -159,7 +162,8 @@ def _sections(facts: dict[str, Any]) -> dict[str, dict[str, str]]:
             "python": versions["python"],
             "triton": versions["triton"] or "not installed",
         },
-        "Build": {name: _text(value) for name, value in build.items() if value not in (None, [])},
+        "Build": {name: _text(value) for name, value in build.items() if value not in (None, [])}
+        | ({"stale": "yes: csrc/ has changed since, build again (pip install)"} if build.get("stale") else {}),
         "Machine": {
             "system": machine["system"],
             "CPU": f"{machine['cpu']}, {machine['cores']} cores",

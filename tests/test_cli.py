@@ -82,6 +82,32 @@ def test_info_as_json(tmp_path: Path) -> None:
         assert facts["build"]["isas"]
 
 
+def test_info_says_whether_the_build_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused import info, sources
+
+    package = tmp_path / "fused"
+    assert sources.is_stale("0", package) is None  # as where only the package was installed
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    for name in ("bindings.cpp", "cpu/kernels.cpp"):
+        (tmp_path / "csrc" / name).write_text(f"// {name}\n")
+    built_from = sources.digest(tmp_path)
+    assert sources.is_stale(built_from, package) is False
+    (tmp_path / "csrc" / "notes.txt").write_text("no source")
+    assert sources.is_stale(built_from, package) is False
+    with (tmp_path / "csrc" / "cpu" / "kernels.cpp").open("a") as file:
+        file.write("int changed;\n")
+    assert sources.is_stale(built_from, package) is True
+
+    monkeypatch.setattr(info.fused, "__file__", str(package / "__init__.py"))
+    build = SimpleNamespace(source_hash=built_from, isas=["baseline"])
+    monkeypatch.setitem(sys.modules, "fused._build_info", build)
+    facts = info.collect()
+    assert facts["build"] == {"source_hash": built_from, "isas": ["baseline"], "stale": True}
+    assert info._sections(facts)["Build"]["stale"].startswith("yes: csrc/ has changed")
+    build.source_hash = sources.digest(tmp_path)
+    assert info._sections(info.collect())["Build"]["stale"] == "no"
+
+
 def test_info_needs_no_rich(tmp_path: Path) -> None:
     command = fused_cli(tmp_path, "info", **hide(tmp_path, "rich"))
     assert_succeeded(command)
