@@ -14,6 +14,7 @@ from .factored import (
     FACTORED_DIMS,
     MOMENTS_OF,
     FactoredRule,
+    check_state,
     complete_state,
     matrices_of,
     rule_of,
@@ -227,6 +228,9 @@ class Adafactor(FusedOptimizer):
         if matrices is None:
             return super()._init_state(group, name, like)
         return matrices.empty(like.shape, like.dtype, like.device).zero_()
+
+    def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        check_state(rule_of(group), param, state, f"a parameter of shape {tuple(param.shape)}")
 
     def _complete_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         complete_state(rule_of(group), param, state, f"a parameter of shape {tuple(param.shape)}")

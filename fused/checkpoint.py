@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .optimizer import FusedOptimizer
 from .precision import REMAINDER_DTYPE
-from .state import MASTER, put_remainder, wide_master
+from .state import MASTER, local, put_remainder, wide_master
 
 Optimizers = FusedOptimizer | list[FusedOptimizer] | tuple[FusedOptimizer, ...]
 
@@ -119,9 +119,11 @@ def _assign(param: Tensor, value: Tensor, state: dict[str, Any] | None, group: M
     if state is None or kind is None:
         param.copy_(value)
         return
-    wide = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(value)
     if kind == "fp32":
-        param.copy_(wide)
-        state[MASTER] = wide
-    else:
-        put_remainder(param, state, wide, REMAINDER_DTYPE[kind])
+        if MASTER not in state:
+            state[MASTER] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        param.copy_(state[MASTER].copy_(value))
+        return
+    if local(param) is not param:  # divided between processes, the value perhaps otherwise
+        value = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(value)
+    put_remainder(param, state, value, REMAINDER_DTYPE[kind])

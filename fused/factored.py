@@ -132,18 +132,17 @@ def var_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_state(rule: FactoredRule, param: Tensor, state: dict[str, Any], name: str) -> None:
-    """Creates the second moment that ``state`` lacks, and brings one that was loaded into the arithmetic's dtype.
-
-    Raises:
-        ValueError: the state is there in a shape that does not fit the parameter; the message calls it by ``name``.
-    """
+def _wanted(rule: FactoredRule, param: Tensor) -> dict[str, list[int]]:
+    """Shapes of the second moment by key."""
     matrices = matrices_of(param.shape, rule)
-    wanted: dict[str, list[int]] = (
-        {VARIANCE: list(param.shape)}
-        if matrices is None
-        else {key: matrices.var_shape(param.shape, key) for key in (ROW_VAR, COL_VAR)}
-    )
+    if matrices is None:
+        return {VARIANCE: list(param.shape)}
+    return {key: matrices.var_shape(param.shape, key) for key in (ROW_VAR, COL_VAR)}
+
+
+def check_state(rule: FactoredRule, param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Raises ValueError where a second moment does not fit the parameter; the message calls it by ``name``."""
+    wanted = _wanted(rule, param)
     for key in (ROW_VAR, COL_VAR, VARIANCE):
         value = state.get(key)
         if value is not None and (key not in wanted or list(value.shape) != wanted[key]):
@@ -152,10 +151,23 @@ def complete_state(rule: FactoredRule, param: Tensor, state: dict[str, Any], nam
                 + " and ".join(f"'{k}' of shape {tuple(shape)}" for k, shape in wanted.items())
                 + f" with factored_dims={rule.dims!r}, min_dim_size_to_factor={rule.least_dim}"
             )
+
+
+def complete_state(rule: FactoredRule, param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Creates the second moment that ``state`` lacks, and brings one that was loaded into the arithmetic's dtype.
+
+    Raises:
+        ValueError: as :func:`check_state`.
+        RuntimeError: a second moment is on another device.
+    """
+    check_state(rule, param, state, name)
+    matrices, wanted = matrices_of(param.shape, rule), _wanted(rule, param)
     dtype = var_dtype(param)
     for key, shape in wanted.items():
         value = state.get(key)
         if value is not None:
+            if value.device != param.device:
+                raise RuntimeError(f"state '{key}' of {name} is on {value.device}, its parameter on {param.device}")
             state[key] = value if value.dtype == dtype else value.to(dtype)
         elif matrices is None:
             state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)

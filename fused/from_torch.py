@@ -67,5 +67,5 @@ def from_torch(optimizer: torch.optim.Optimizer, **options: Unpack[EngineOptions
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in hidden}
     converted = cls(groups, **defaults, **options)
     saved = {param: state_storage.Saved(dict(state), copy=False) for param, state in optimizer.state.items()}
-    converted.state.update(state_storage.restore(converted, saved, converted.param_groups))
+    converted.state.update(state_storage.restore(converted, saved, converted.param_groups, {}))
     return converted

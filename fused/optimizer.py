@@ -140,7 +140,10 @@ class FusedOptimizer(Optimizer):
         return torch.zeros_like(like)
 
     def _complete_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Creates, checks and converts state of other shapes than the parameter's; the rule's own is taken care of."""
+        """Creates and converts state of other shapes than the parameter's; the rule's own is taken care of."""
+
+    def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Raises ValueError where saved state of other shapes than the parameter's does not fit."""
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether parameters of this group keep a step count."""
@@ -238,12 +241,16 @@ class FusedOptimizer(Optimizer):
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        accumulator = self.__dict__.get("_accumulator")
         if "state" in state and "param_groups" in state:
-            state = {**state, "state": state_storage.restore(self, state["state"], state["param_groups"])}
+            self._plan = None  # it holds on to the state until now
+            replaced = self.__dict__.get("state", {})
+            state = {**state, "state": state_storage.restore(self, state["state"], state["param_groups"], replaced)}
         super().__setstate__(state)
         self._options = {name: self.defaults[name] for name in OPTIMIZER_OPTIONS}
         self._step_supports_amp_scaling = self._options["amp_scaling"]
         self._reset_engine()
+        self._accumulator = accumulator  # of this very object: a copy has none
 
     def _reset_engine(self) -> None:
         """Forgets what lives from step to step and is in no checkpoint."""

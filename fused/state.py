@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import formats
-from .precision import REMAINDER_DTYPE, Storage, blocks8
+from .precision import BLOCK8, REMAINDER_DTYPE, Storage, blocks8
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ MASTER = "master"
 REMAINDER = "remainder"
 SCALE = "_scale"
 """Suffix of the key that holds the block scales of an 8-bit state."""
+
+PIECE = 1 << 16
+"""Elements converted at a time: in torch operations a conversion needs many times the memory of what it converts."""
 
 
 class Saved:
@@ -50,6 +54,8 @@ def initialize(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) 
         # Where history is already there, as from an optimizer that keeps no count, this is not the first step.
         history = any(state.get(name) is not None for name in rule.states)
         state["step"] = torch.full((), float(history), dtype=torch.float32, device=param.device)
+    elif "step" in state:
+        state["step"] = _step(state["step"], param)
     _initialize_master(state, storage, param)
     for name in rule.states:
         if state.get(name) is None:
@@ -72,14 +78,37 @@ def _follow_double(state: dict[str, Any], name: str, param: Tensor) -> None:
         state[name] = value.to(param.dtype if param.dtype in _DOUBLE else narrow)
 
 
-def check_shapes(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> None:
-    """Raises where a state does not have the shape of its parameter, as where ``p.data`` was replaced by another."""
-    for name in rule.states:
+def _step(value: Any, param: Tensor) -> Tensor:
+    """A step count as the engine keeps it, whatever an older or non-capturable optimizer kept."""
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == param.device and value.ndim == 0:
+        return value
+    return torch.as_tensor(value, dtype=torch.float32).to(param.device).reshape(())
+
+
+def check_state(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> None:
+    """Raises where a state does not fit its parameter, as where ``p.data`` was replaced by another, or state moved."""
+    problem = _misfit(state, rule, param, called)
+    if problem:
+        raise RuntimeError(problem)
+    for name in (*rule.states, MASTER, REMAINDER):
         value = state.get(name)
-        if value is not None and value.shape != param.shape:
-            raise RuntimeError(
-                f"state '{name}' of {called} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
-            )
+        if value is not None and local(value).device != local(param).device:
+            raise RuntimeError(f"state '{name}' of {called} is on {value.device}, its parameter on {param.device}")
+
+
+def _misfit(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> str:
+    """What is wrong with the shapes of a state; nothing if they fit."""
+    for name in (*rule.states, MASTER, REMAINDER):
+        value = state.get(name)
+        if value is None:
+            continue
+        if value.shape != param.shape:
+            return f"state '{name}' of {called} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        if value.dtype == torch.uint8:
+            scale, count = state.get(name + SCALE), blocks8(local(param).numel())
+            if scale is None or scale.numel() != count:
+                return f"state '{name}' of {called} is in 8 bits and needs {count} numbers in '{name + SCALE}'"
+    return ""
 
 
 def _initialize_master(state: dict[str, Any], storage: Storage, param: Tensor) -> None:
@@ -95,8 +124,10 @@ def _initialize_master(state: dict[str, Any], storage: Storage, param: Tensor) -
     elif wanted is None:
         state.pop(MASTER, None)
         state.pop(REMAINDER, None)
-    elif MASTER in state or (REMAINDER in state and state[REMAINDER].dtype != wanted):
-        put_remainder(param, state, wide_master(param, state), wanted)
+    elif MASTER in state:
+        put_remainder(param, state, state[MASTER], wanted)
+    elif REMAINDER in state and state[REMAINDER].dtype != wanted:
+        put_remainder(param, state, None, wanted)
     elif REMAINDER not in state:
         state[REMAINDER] = torch.zeros_like(param, dtype=wanted, requires_grad=False)
 
@@ -107,33 +138,68 @@ def wide_master(param: Tensor, state: dict[str, Any]) -> Tensor:
         master: Tensor = state[MASTER]
         return master
     wide = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-    if REMAINDER in state:
-        local(wide).copy_(formats.join_master(local(param.detach()), local(state[REMAINDER])))
-    else:
-        wide.copy_(param.detach())
+    if REMAINDER not in state:
+        return wide.copy_(param.detach())
+    for master, high, low in _pieces(local(wide), local(param.detach()), local(state[REMAINDER])):
+        master.copy_(formats.join_master(high, low))
     return wide
 
 
-def put_remainder(param: Tensor, state: dict[str, Any], master: Tensor, dtype: torch.dtype) -> None:
-    """Divides a float32 master between the parameter and a remainder of ``dtype``, which replaces it in the state."""
-    high, low = formats.split_master(local(master), param.dtype, 16 if dtype == torch.int16 else 8)
+def put_remainder(param: Tensor, state: dict[str, Any], master: Tensor | None, dtype: torch.dtype) -> None:
+    """Divides a master between the parameter and a remainder of ``dtype``, which replaces it in the state.
+
+    Args:
+        param: the parameter.
+        state: its state.
+        master: of any float dtype; None: the one that the parameter and its present remainder are.
+        dtype: of the new remainder.
+    """
+    remainder = state.get(REMAINDER)
+    if remainder is None or remainder.dtype != dtype:
+        remainder = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    bits = 16 if dtype == torch.int16 else 8
     with torch.no_grad():
-        local(param.detach()).copy_(high)
+        source = local(state[REMAINDER] if master is None else master)
+        for high, low, part in _pieces(local(param.detach()), local(remainder), source):
+            wide = formats.join_master(high, part) if master is None else part.to(high.device, torch.float32)
+            value, rest = formats.split_master(wide, param.dtype, bits)
+            high.copy_(value)
+            low.copy_(rest)
     state.pop(MASTER, None)
-    state[REMAINDER] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    local(state[REMAINDER]).copy_(low)
+    state[REMAINDER] = remainder
 
 
-def _put(state: dict[str, Any], rule: Rule, name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Stores a state tensor in ``dtype``."""
-    if dtype is torch.uint8:
-        dense = local(value).to(torch.float32)
-        codes, scales = formats.encode_blocks8(in_memory_order(dense), signed=name not in rule.nonnegative)
-        state[name] = torch.empty_like(value, dtype=torch.uint8)
-        in_memory_order(local(state[name])).copy_(codes)
-        state[name + SCALE] = scales
-    else:
-        state[name] = value.to(dtype) if value.dtype != dtype else value
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, in views of about ``PIECE`` elements each, the same places of all together."""
+    shape = tensors[0].shape
+    numel = tensors[0].numel()
+    if numel <= PIECE:
+        yield tensors
+        return
+    longest = max(range(len(shape)), key=shape.__getitem__)
+    size = max(1, PIECE * shape[longest] // numel)
+    yield from zip(*(tensor.split(size, longest) for tensor in tensors), strict=True)
+
+
+def _put(
+    state: dict[str, Any], rule: Rule, name: str, value: Tensor, dtype: torch.dtype, *, copy: bool = False
+) -> None:
+    """Stores a state tensor in ``dtype``; ``copy``: in memory of its own."""
+    if dtype is not torch.uint8:
+        state[name] = value.to(dtype, copy=copy)
+        return
+    codes = torch.empty_like(value, dtype=torch.uint8)
+    dense = local(value)
+    if dense.stride() != local(codes).stride():  # it has gaps or overlaps
+        dense = torch.empty_like(local(codes), dtype=value.dtype).copy_(dense)
+    scales = torch.empty(blocks8(dense.numel()), dtype=torch.int16, device=dense.device)
+    flat, out = in_memory_order(dense), in_memory_order(local(codes))
+    for start in range(0, dense.numel(), PIECE):  # a multiple of the block
+        part = slice(start, start + PIECE)
+        out[part], scales[start // BLOCK8 : (start + PIECE) // BLOCK8] = formats.encode_blocks8(
+            flat[part].to(torch.float32), signed=name not in rule.nonnegative
+        )
+    state[name], state[name + SCALE] = codes, scales
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -141,43 +207,71 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def restore(optimizer: FusedOptimizer, state: Any, groups: list[dict[str, Any]]) -> Any:
-    """State as loaded or unpickled, made fit for use: devices, dtypes and layouts. Touches neither argument."""
+def restore(
+    optimizer: FusedOptimizer, state: Any, groups: list[dict[str, Any]], replaced: MutableMapping[Any, Any]
+) -> Any:
+    """State as loaded or unpickled, made fit for use: devices, dtypes and layouts.
+
+    Args:
+        optimizer: whose state it becomes.
+        state: by parameter; what is :class:`Saved` is checked before anything changes, and left as it is.
+        groups: parameter groups to be.
+        replaced: the state until now. A parameter's is taken out before its successor is made, so that there are never
+            two states in memory; tensors that are among the saved ones are taken over.
+
+    Raises:
+        ValueError: a state does not fit its parameter.
+    """
     restored: defaultdict[Any, Any] = defaultdict(dict)
     owner = {param: group for group in groups for param in group["params"]}
     for key, value in state.items():
-        if isinstance(value, Saved):
-            group = owner.get(key)
-            restored[key] = value.value if group is None else _restore_one(optimizer, group, key, value)
-        else:
+        if isinstance(value, Saved) and key in owner:
+            _check_saved(optimizer, owner[key], key, value.value)
+    for key, value in state.items():
+        own = {id(tensor) for tensor in replaced.pop(key, {}).values()}
+        if not isinstance(value, Saved):
             restored[key] = value
+        elif key not in owner:
+            restored[key] = value.value
+        else:
+            restored[key] = _restore_one(optimizer, owner[key], key, value, own)
     return restored
 
 
-def _restore_one(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: Saved) -> dict[str, Any]:
+def _check_saved(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
+    called = f"the parameter of shape {tuple(param.shape)}"
+    Storage.of(group).check(param, called)
+    problem = _misfit(saved, optimizer._rule(group), param, called)
+    if problem:
+        raise ValueError(problem)
+    step = saved.get("step")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ValueError(f"state 'step' of {called} has shape {tuple(step.shape)}: it is one number")
+    optimizer._check_state(group, param.detach(), saved)
+
+
+def _restore_one(
+    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: Saved, own: set[int]
+) -> dict[str, Any]:
+    """The state of one parameter; tensors whose ids are in ``own`` are not copied."""
     storage = Storage.of(group)
     rule = optimizer._rule(group)
-    storage.check(param, f"the parameter of shape {tuple(param.shape)}")
     result: dict[str, Any] = {}
     for name, value in saved.value.items():
+        copy = saved.copy and id(value) not in own
         if name == "step":
-            # A tensor on the parameter's device, whatever an older or non-capturable optimizer kept.
-            result[name] = torch.as_tensor(value, dtype=torch.float32).to(param.device, copy=saved.copy).reshape(())
-        elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            if name in rule.states and value.shape != param.shape:
-                raise ValueError(
-                    f"state '{name}' of shape {tuple(value.shape)} does not fit its parameter "
-                    f"of shape {tuple(param.shape)}"
-                )
-            moved = value.detach().to(param.device, copy=saved.copy)
-            if name in rule.states:
-                _put(result, rule, name, moved, _loaded_dtype(storage, param, moved))
-            else:
-                result[name] = moved
-        elif isinstance(value, Tensor):
-            result[name] = value.detach().to(param.device, copy=saved.copy)
-        elif value is not None:
-            result[name] = value
+            step = _step(value, param)
+            shared = isinstance(value, Tensor) and step.data_ptr() == value.data_ptr()
+            result[name] = step.clone() if copy and shared else step
+        elif not isinstance(value, Tensor):
+            if value is not None:
+                result[name] = value
+        elif name in rule.states and (value.is_floating_point() or value.is_complex()):
+            moved = value.detach().to(param.device)
+            stays = moved.data_ptr() == value.data_ptr()
+            _put(result, rule, name, moved, _loaded_dtype(storage, param, moved), copy=copy and stays)
+        else:
+            result[name] = value.detach().to(param.device, copy=copy)
     _dequantize_unless(storage, param, rule, result)
     optimizer._complete_state(group, param.detach(), result)
     return result
@@ -198,17 +292,13 @@ def _dequantize_unless(storage: Storage, param: Tensor, rule: Rule, state: dict[
     for name in rule.states:
         scale = state.pop(name + SCALE, None)
         if scale is not None:
-            codes = in_memory_order(local(state[name]))
-            wide = torch.empty_like(state[name], dtype=torch.float32)
-            in_memory_order(local(wide)).copy_(formats.decode_blocks8(codes, scale, name not in rule.nonnegative))
-            state[name] = wide.to(storage.dtype_of_state(param))
+            wide = torch.empty_like(state[name], dtype=storage.dtype_of_state(param))
+            codes, out = in_memory_order(local(state[name])), in_memory_order(local(wide))
+            for start in range(0, out.numel(), PIECE):
+                part, blocks = slice(start, start + PIECE), slice(start // BLOCK8, (start + PIECE) // BLOCK8)
+                out[part] = formats.decode_blocks8(codes[part], scale[blocks], name not in rule.nonnegative)
+            state[name] = wide
 
-
-def state_bytes(state: dict[str, Any]) -> dict[str, int]:
-    """Bytes per tensor of one parameter's state."""
-    return {
-        name: local(value).numel() * value.element_size() for name, value in state.items() if isinstance(value, Tensor)
-    }
 
 
 __all__ = [

@@ -172,6 +172,18 @@ def test_other_layouts_and_complex(path: str) -> None:
     torch.testing.assert_close(wave.grad, 2 * turn)
 
 
+def test_loading_a_state_dict_keeps_it(path: str) -> None:
+    """As launchers do that prepare an optimizer by loading its own state."""
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = fused.SGD([param], lr=1.0)
+    accumulator = fused.GradientAccumulator(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    param.grad = torch.ones(4)
+    accumulator.accumulate()
+    optimizer.step()
+    assert torch.equal(param, torch.full((4,), -1.0))
+
+
 def test_negated_gradients(path: str) -> None:
     phase = torch.nn.Parameter(torch.zeros(()))
     accumulator = fused.GradientAccumulator([phase], average=False)

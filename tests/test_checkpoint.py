@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from itertools import product
 
@@ -119,6 +120,79 @@ def test_a_state_dict_of_torch_converts() -> None:
     assert state["exp_avg"].dtype == torch.uint8
     decoded = formats.decode_blocks8(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False)
     torch.testing.assert_close(decoded, theirs.state[model.weight]["exp_avg_sq"], rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("master", torch.zeros(3), "'master' of .* has shape"),
+        ("remainder", torch.zeros(2, 4, dtype=torch.int16), "'remainder' of .* has shape"),
+        ("exp_avg", torch.zeros(9, dtype=torch.uint8), "'exp_avg' of .* has shape"),
+        ("exp_avg_scale", torch.zeros(1, dtype=torch.int16), "'exp_avg' of .* needs 3 numbers in 'exp_avg_scale'"),
+        ("step", torch.zeros(2), "'step' of .* has shape"),
+    ],
+)
+def test_damaged_state_is_refused(name: str, value: torch.Tensor, message: str) -> None:
+    """Kernels would read, and write, beyond what is there."""
+    p = torch.nn.Parameter(torch.ones(70, dtype=torch.bfloat16))
+    optimizer = fused.AdamW([p], master_weights="fp32" if name == "master" else "split", state_dtype="int8")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(before)
+    damaged["state"][0][name] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(damaged)
+    for key, kept in before["state"][0].items():
+        assert torch.equal(optimizer.state[p][key], kept)
+    if name != "step":
+        optimizer.state[p][name] = value
+        held = p.detach().clone()
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert torch.equal(p, held)
+
+
+def test_state_on_another_device_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(70))
+    optimizer = fused.AdamW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["exp_avg_sq"] = optimizer.state[p]["exp_avg_sq"].to("meta")
+    with pytest.raises(RuntimeError, match=r"'exp_avg_sq' of .* is on meta, its parameter on cpu"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0).double()], ids=repr)
+def test_any_form_of_a_step_count(step: object) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    loaded, replaced = fused.AdamW([p]), fused.AdamW([q])
+    for x, optimizer in ((p, loaded), (q, replaced)):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+    saved = loaded.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": step}
+    loaded.load_state_dict(saved)
+    replaced.state[q]["step"] = copy.deepcopy(step)
+    for optimizer in (loaded, replaced):
+        optimizer.step()
+    assert loaded.state[p]["step"] == replaced.state[q]["step"] == 4
+    assert torch.equal(p, q) and torch.as_tensor(step).reshape(()) == 3
+
+
+def test_state_with_gaps_is_loaded_into_8_bits() -> None:
+    p = torch.nn.Parameter(torch.ones(70))
+    source = fused.AdamW([p])
+    p.grad = torch.linspace(-1, 1, 70)
+    source.step()
+    saved = copy.deepcopy(source.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved["state"][0][name] = torch.stack((saved["state"][0][name], torch.full((70,), 7.0)), 1)[:, 0]
+    dense, gaps = (fused.AdamW([p], state_dtype="int8") for _ in range(2))
+    dense.load_state_dict(source.state_dict())
+    gaps.load_state_dict(saved)
+    for name, value in dense.state[p].items():
+        assert torch.equal(gaps.state[p][name], value), name
 
 
 BYTES = [
