@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .load import company
-from .plots.speed import best_torch
+from .plots.speed import best_torch, step_rows
 from .report import Result, Row, number
 from .store import MachineResults
 
@@ -26,9 +26,9 @@ def _ratio(value: float) -> str:
     return f"{value:.0f}x" if value >= 9.95 else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"
 
 
-def _source(results: MachineResults, bench: str) -> str:
-    """Machine, versions, date and what disturbed, of the sections that rows of `bench` (or the goals) are from."""
-    sections = [s for s in results.sections.values() if (s.goals and bench == "goals") or _has(s, bench)]
+def _source(results: MachineResults, *benches: str) -> str:
+    """Machine, versions, date and what disturbed, of the sections that rows of the benches (or the goals) are from."""
+    sections = [s for s in results.sections.values() if (s.goals and "goals" in benches) or _has(s, benches)]
     when = max((s.when for s in sections), default="")[:10]
     noise = sorted({w for s in sections for w in s.warnings if w.startswith(("other processes", "the hypervisor"))})
     warning = f" Warnings: {'; '.join(noise)}." if noise else ""
@@ -37,13 +37,13 @@ def _source(results: MachineResults, bench: str) -> str:
     return f"{where}.{warning}\n"
 
 
-def _has(section: Result, bench: str) -> bool:
-    return any(row.get("bench") == bench for row in section.rows)
+def _has(section: Result, benches: tuple[str, ...]) -> bool:
+    return any(row.get("bench") in benches for row in section.rows)
 
 
 def speed(results: MachineResults) -> str:
     """Optimizer by profile: our milliseconds, and the best torch form's time over ours."""
-    rows = [r for r in results.rows("step") if r["status"] == "ok" and r["precision"] == "fp32"]
+    rows = [r for r in step_rows(results) if r["status"] == "ok" and r["precision"] == "fp32"]
     cells = {(ours["optimizer"], ours["profile"]): (ours, ratio) for ours, _, ratio in best_torch(rows)}
     if not cells:
         return ""
@@ -58,7 +58,7 @@ def speed(results: MachineResults) -> str:
     copy = max((s.bandwidth.get("copy") or 0 for s in results.sections.values()), default=0)
     text = "One float32 step: torch's best form (fused, foreach or for-loop) over ours, and our time."
     bandwidth = f" Measured copy: {copy:,.1f} GB/s."
-    return f"{text}{bandwidth} {_source(results, 'step')}\n" + markdown(["", *profiles], lines)
+    return f"{text}{bandwidth} {_source(results, 'step', 'compare')}\n" + markdown(["", *profiles], lines)
 
 
 def pipeline(results: MachineResults) -> str:

@@ -45,10 +45,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one cell may take: `seconds` for each side, and up to four times that to get `min_rounds`."""
+    """How long one cell may take: `seconds` for each side, and up to four times that to get `min_rounds`.
+
+    A side that needs more sits out after `fewest` rounds: one slow system must not cost the others their rounds.
+    """
 
     seconds: float = 3.0
     min_rounds: int = 9
+    fewest: int = 3
     max_rounds: int = 200
     warmup: int = 2
 
@@ -153,22 +157,36 @@ def make_clock(device: torch.device, cold_bytes: int = 0) -> Clock:
 def interleave(sides: Sequence[Side], clock: Clock, budget: Budget) -> dict[str, Timed]:
     """Warm up, then rounds until the budget is spent; each starts at another side, every other one runs backwards."""
     results = {side.system: Timed() for side in sides}
+    spent = dict.fromkeys(results, 0.0)
+
+    def sample(side: Side) -> Sample:
+        start = time.perf_counter()
+        taken = clock.sample(side.step, side.prepare)
+        spent[side.system] += time.perf_counter() - start
+        return taken
+
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(budget.warmup):
             for side in sides:
-                clock.sample(side.step, side.prepare)
-        start = time.perf_counter()
+                if spent[side.system] < budget.seconds:
+                    sample(side)
+        spent = dict.fromkeys(results, 0.0)
+        active = list(sides)
         for round_ in range(budget.max_rounds):
-            spent = (time.perf_counter() - start) / (budget.seconds * len(sides))
-            if (round_ >= budget.min_rounds and spent > 1) or (round_ >= 3 and spent > 4):
+            if round_ >= budget.fewest:
+                active = [side for side in active if spent[side.system] <= 4 * budget.seconds]
+            total = sum(spent[side.system] for side in active)
+            if len(active) < min(2, len(sides)) or (
+                round_ >= budget.min_rounds and total > budget.seconds * len(active)
+            ):
                 break
-            shift = (round_ // 2) % len(sides)
-            order = [*sides[shift:], *sides[:shift]]
+            shift = (round_ // 2) % len(active)
+            order = [*active[shift:], *active[:shift]]
             for side in reversed(order) if round_ % 2 else order:
-                results[side.system].add(clock.sample(side.step, side.prepare))
+                results[side.system].add(sample(side))
     finally:
         if collecting:
             gc.enable()
@@ -176,5 +194,5 @@ def interleave(sides: Sequence[Side], clock: Clock, budget: Budget) -> dict[str,
 
 
 def paired_ratio(other: Sequence[float], ours: Sequence[float]) -> Stats:
-    """other / ours, round by round: drift that hits a whole round cancels."""
-    return Stats.of([a / b for a, b in zip(other, ours, strict=True)])
+    """other / ours, round by round, as far as both took part: drift that hits a whole round cancels."""
+    return Stats.of([a / b for a, b in zip(other, ours, strict=False)])

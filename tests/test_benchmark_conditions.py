@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ sys.path.append(str(ROOT))  # at the end: what is installed comes first
 
 pytest.importorskip("benchmarks", reason="needs the checkout")
 
-from benchmarks import goals  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
+from benchmarks import goals, timing  # noqa: E402
+from benchmarks.__main__ import main, make_parser  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.commands import common, converge  # noqa: E402
 from benchmarks.commands.compare import verdict  # noqa: E402
-from benchmarks.commands.everything import plan  # noqa: E402
+from benchmarks.commands.everything import plan, share_of  # noqa: E402
 from benchmarks.decay import VARIANTS, cells_of, measure  # noqa: E402
 from benchmarks.load import Busy, company  # noqa: E402
+from benchmarks.problem import Side  # noqa: E402
 from benchmarks.report import Result, Row  # noqa: E402
 from benchmarks.store import MachineResults  # noqa: E402
 from benchmarks.systems import get_systems  # noqa: E402
@@ -89,7 +91,41 @@ def test_targets_measure_timed_goals_in_both_conditions(
     table = TABLES["goals"](MachineResults.collect(tmp_path))
     assert "| goal | bound | alone |  | beside 2 busy processes |  |" in table
     assert "| speed | at least 2 x | 1.00 x | MISSED | 3.00 x | met |" in table
-    assert "targets --beside 2" in plan(False, False, 2)
+    assert "targets --beside 2" in [line.text for line in plan(False, False, 2)]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_line_of_the_plan_can_be_run_and_gets_its_share(gpu: bool, quick: bool) -> None:
+    lines = plan(quick, gpu)
+    for line in lines:
+        assert make_parser().parse_args(line.words).command == line.words[0]
+    heavy = max(lines, key=lambda line: line.weight)
+    assert share_of(100, [heavy, *lines]) > share_of(100, [lines[0], *lines])
+    assert share_of(100, lines[-1:]) == 125 and share_of(-5, lines) == 1
+
+
+def test_a_slow_system_sits_out_and_the_others_go_on() -> None:
+    class Clock:
+        def sample(self, step: Any, _prepare: Any) -> timing.Sample:
+            start = time.perf_counter()
+            step()
+            return timing.Sample(*[time.perf_counter() - start] * 3)
+
+    calls = dict.fromkeys("abc", 0)
+
+    def side(name: str, seconds: float) -> Side:
+        def step() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return Side(name, name, [], step)
+
+    budget = timing.Budget(seconds=0.02, min_rounds=9, max_rounds=12, warmup=2)
+    results = timing.interleave([side("a", 0.002), side("b", 0.05), side("c", 0.002)], Clock(), budget)
+    assert len(results["b"].walls) == 3 and calls["b"] == 4  # one to warm up
+    assert len(results["a"].walls) == len(results["c"].walls) >= 9
+    assert timing.paired_ratio(results["b"].walls, results["a"].walls).rounds == 3
 
 
 def test_rows_of_different_conditions_are_not_mixed() -> None:

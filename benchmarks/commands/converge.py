@@ -8,6 +8,7 @@ decay   1000 steps of nothing but weight decay at lr * weight_decay = 1e-4: what
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +83,13 @@ def _optimizer(model: torch.nn.Module, system: str, precision: Precision) -> tor
     return fused.AdamW(groups, **HYPERPARAMETERS, **precision.options())
 
 
+@functools.cache
+def _corpus() -> Any:
+    from fused.demo import text
+
+    return text.standard_library()
+
+
 def train(
     run: Run, form: Format, size_name: str, steps: int, seed: int, on_step: Callable[[int], None]
 ) -> dict[str, Any] | None:
@@ -103,7 +111,7 @@ def train(
         return None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps))
     training = Training(form.label, model, optimizer, schedule)
-    corpus = text.standard_library()
+    corpus = _corpus()
     train_together([training], text.random_batches(corpus.train, size.batch, size.model.context, seed), steps, on_step)
     validation = text.even_batches(corpus.validation, size.batch, size.model.context, VALIDATION_BATCHES)
     return {

@@ -1,7 +1,7 @@
 """`targets`: the package's speed and memory goals, measured here; exit code 1 when one is missed.
 
-With --beside N every timed goal is measured twice: alone, which decides, and beside N busy processes, as in training
-with a data loader.
+With --beside N the ratios (but Adafactor's) are measured twice: alone, which decides, and beside N busy processes, as
+in training with a data loader.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                     "goal": goal.text, "part": goal.part, "at_most": goal.at_most, "bound": goal.bound,
                     "unit": goal.unit, "value": value, "verdict": verdict, "how": how,
                 }  # fmt: skip
-                if run_.beside and goal.timed:
+                if run_.beside and goal.in_company:
                     record |= measure_beside(goal, run_)
                 records.append(record)
         columns = ["goal", "bound", "alone" if run_.beside else "measured", "", "how"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..store import MachineResults
-from .style import INK, LOOK, MUTED, NAMES, finish, ok_rows, pyplot
+from .style import INK, LOOK, MUTED, NAMES, finish, ok_rows, plain_log, pyplot
 
 
 def roofline(results: MachineResults, out: Path) -> list[Path]:
@@ -47,6 +47,8 @@ def roofline(results: MachineResults, out: Path) -> list[Path]:
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    plain_log(axis.xaxis)
+    plain_log(axis.yaxis)
     axis.grid(which="major")
     axis.set_xlabel("least bytes a step must move, MB (held: read and written, gradient: read)")
     axis.set_ylabel("time, ms")
@@ -69,10 +71,7 @@ def size(results: MachineResults, out: Path) -> list[Path]:
             xs, ys = zip(*mine, strict=True)
             axis.plot(xs, ys, label=NAMES[system], markersize=5, **look)
     copy = max(float(s.bandwidth.get("copy") or 0) for s in results.sections.values())
-    axis.axhline(copy, color=INK, linewidth=1)
-    axis.text(
-        max(r["elements"] for r in rows), copy, f"measured copy {copy:,.1f} GB/s", ha="right", va="bottom", fontsize=8.5
-    )
+    axis.axhline(copy, color=INK, linewidth=1, label=f"measured copy, {copy:,.1f} GB/s")
     axis.set_xscale("log", base=2)
     ticks = sorted({r["elements"] for r in rows})
     axis.set_xticks(ticks[::2], [_power(t) for t in ticks[::2]])
@@ -108,7 +107,7 @@ def kernels(results: MachineResults, out: Path) -> list[Path]:
     plt = pyplot()
     optimizers = [o for o in dict.fromkeys(r["optimizer"] for r in everything) if o in {r["optimizer"] for r in rows}]
     storages = list(dict.fromkeys(r["precision"] for r in everything))
-    figure, axis = plt.subplots(figsize=(2.6 + 0.95 * len(optimizers), 1.5 + 0.4 * len(storages)))
+    figure, axis = plt.subplots(figsize=(max(6.5, 2.6 + 0.95 * len(optimizers)), 1.5 + 0.4 * len(storages)))
     by_cell = {(r["precision"], r["optimizer"]): r for r in rows}
     shares = [[(by_cell.get((s, o)) or {}).get("copy_fraction") for o in optimizers] for s in storages]
     filled = [[float("nan") if v is None else min(v, 1.2) for v in line] for line in shares]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..store import MachineResults
-from .style import ACCENT, LOOK, NAMES, finish, ok_rows, pyplot
+from .style import ACCENT, LOOK, NAMES, finish, ok_rows, plain_log, pyplot
 
 
 def host(results: MachineResults, out: Path) -> list[Path]:
@@ -30,9 +30,11 @@ def host(results: MachineResults, out: Path) -> list[Path]:
                     last, text = (xs[-1], ys[-1]), f"{ys[-1] / 1e3:.2g} ms"
                     axis.annotate(text, last, textcoords="offset points", xytext=(7, -3), fontsize=8.5, color=ACCENT)
         axis.set_title(title)
-        axis.set_xlim(0.8, 4 * max(r["tensors"] for r in rows))
         axis.set_xscale("log")
+        axis.set_xlim(0.8, 5 * max(r["tensors"] for r in rows))
         axis.set_yscale("log")
+        plain_log(axis.xaxis)
+        plain_log(axis.yaxis)
         axis.grid()
         axis.set_xlabel("tensors, one element each")
     axes[0].set_ylabel("python + launch, microseconds per step")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from math import log2
 from pathlib import Path
+from typing import Any
 
+from ..load import company
 from ..store import MachineResults
-from .style import ACCENT, INK, LIGHT, finish, pyplot
+from .style import ACCENT, INK, LIGHT, MUTED, finish, pyplot
+
+MISSED = "#c2571a"
 
 
 def convergence(results: MachineResults, out: Path) -> list[Path]:
@@ -42,6 +47,7 @@ def convergence(results: MachineResults, out: Path) -> list[Path]:
             difference = record["validation_loss"] - reference.get(record["seed"], record["validation_loss"])
             right.scatter(difference, y, s=32, color=shades[y], edgecolor="white", zorder=3)
         right.text(1.01, y, f"{rows[y]['loss']:.4f}", transform=right.get_yaxis_transform(), va="center", fontsize=8.5)
+    right.text(1.01, -0.5, "mean loss", transform=right.get_yaxis_transform(), va="center", fontsize=8, color=MUTED)
     right.set_yticks(range(len(formats)), formats)
     right.set_ylim(len(formats) - 0.4, -0.6)
     right.set_title("validation loss minus float32's, each seed")
@@ -53,24 +59,25 @@ def convergence(results: MachineResults, out: Path) -> list[Path]:
 
 
 def goals(results: MachineResults, out: Path) -> list[Path]:
-    """Each goal: measured over promised."""
-    from math import log2
-
+    """Each goal: measured over promised; hollow where it was measured with busy processes beside it."""
     records = [g for s in results.sections.values() for g in s.goals if g.get("value") is not None]
     if not records:
         return []
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(10.2, 1.3 + 0.235 * len(records)))
+    beside = max(g.get("beside", 0) for g in records)
     for y, goal in enumerate(records):
-        value, bound = goal["value"], goal["bound"]
-        score = (bound / value if goal["at_most"] else value / bound) if value > 0 else 4.0
-        met = goal["verdict"] == "met"
-        axis.plot([0, log2(max(score, 1 / 16))], [y, y], color=ACCENT if met else "#c2571a", linewidth=1.5, zorder=2)
-        axis.scatter(
-            log2(max(score, 1 / 16)), y, s=36, marker="o" if met else "X", color=ACCENT if met else "#c2571a", zorder=3
-        )
+        score, met = _score(goal, goal["value"]), goal["verdict"] == "met"
+        color = ACCENT if met else MISSED
+        axis.plot([0, score], [y, y], color=color, linewidth=1.5, zorder=2)
+        axis.scatter(score, y, s=36, marker="o" if met else "X", color=color, zorder=3)
         sign = "<=" if goal["at_most"] else ">="
-        text = f"{value:.3g} {goal['unit']} ({sign} {bound:g})"
+        text = f"{goal['value']:.3g} {goal['unit']} ({sign} {goal['bound']:g})"
+        if (loaded := goal.get("beside_value")) is not None:
+            met = goal["beside_verdict"] == "met"
+            look = {"facecolor": "white", "edgecolor": ACCENT if met else MISSED, "linewidth": 1.2}
+            axis.scatter(_score(goal, loaded), y, s=30, marker="o" if met else "X", zorder=2.5, **look)
+            text += f"   {loaded:.3g} {goal['unit']}"
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color=INK, linewidth=1)
     axis.set_yticks(range(len(records)), [g["goal"] for g in records], fontsize=8)
@@ -80,4 +87,11 @@ def goals(results: MachineResults, out: Path) -> list[Path]:
     axis.set_xticks(list(ticks), [f"{2.0**t:g}" for t in ticks])
     axis.grid(axis="x")
     axis.set_xlabel("measured / promised (right of 1: met)")
-    return [finish(figure, results, "Goals", out / "goals.png", "dots: met; crosses: missed")]
+    note = "dots: met; crosses: missed" + (f"; hollow, and second number: {company(beside)}" if beside else "")
+    return [finish(figure, results, "Goals", out / "goals.png", note)]
+
+
+def _score(goal: dict[str, Any], value: float) -> float:
+    """log2 of measured over promised, the better the larger; within four octaves of the goal."""
+    score = (goal["bound"] / value if goal["at_most"] else value / goal["bound"]) if value > 0 else 16.0
+    return log2(min(max(score, 1 / 16), 16.0))

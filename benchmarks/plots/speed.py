@@ -24,6 +24,13 @@ def best_torch(rows: Rows) -> list[tuple[dict[str, Any], str, float]]:
     return out
 
 
+def step_rows(results: MachineResults) -> Rows:
+    """Steps beside torch's forms: of `step`, and where that was not run of `compare`, which times them too."""
+    steps = results.rows("step")
+    seen = {_cell(r)[1:] for r in steps}
+    return [*steps, *(r for r in results.rows("compare") if _cell(r)[1:] not in seen)]
+
+
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["bench"], row["optimizer"], row["precision"], row["profile"], row.get("groups")
 
@@ -31,7 +38,7 @@ def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
 def speedup(results: MachineResults, out: Path) -> list[Path]:
     """Bars per optimizer, one panel per profile: time of the best torch form over ours."""
     paths = []
-    rows = ok_rows(results.rows("step")) or ok_rows(results.rows("compare"))
+    rows = ok_rows(step_rows(results))
     for precision in dict.fromkeys(r["precision"] for r in rows):
         cells = best_torch([r for r in rows if r["precision"] == precision])
         profiles = list(dict.fromkeys(ours["profile"] for ours, _, _ in cells))
@@ -55,10 +62,11 @@ def _speedup_figure(
     lines = -(-len(profiles) // columns)
     size = (max(6.5, 2.6 * columns), 1.3 + lines * (0.75 + 0.26 * len(optimizers)))
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False)
-    top = max(max(ratio for _, _, ratio in cells) * 2.2, 3)
+    ratios = [ratio for _, _, ratio in cells]
+    limits = min(0.5, *ratios) * 0.9, max(3, 2.2 * max(ratios))
     for axis in axes.flat[len(profiles) :]:
         axis.set_visible(False)
-    for axis, profile in zip(axes.flat, profiles, strict=False):
+    for i, (axis, profile) in enumerate(zip(axes.flat, profiles, strict=False)):
         mine = {ours["optimizer"]: (form, ratio) for ours, form, ratio in cells if ours["profile"] == profile}
         tensors = next(ours for ours, _, _ in cells if ours["profile"] == profile)
         axis.set_title(profile)
@@ -72,8 +80,9 @@ def _speedup_figure(
             where = max(ratio, 1) * 1.06
             axis.text(where, y, times(ratio), va="center", fontsize=8.5, color=INK)
         axis.set_xscale("log")
-        axis.set_xlim(min(0.5, *(r for _, r in mine.values())) * 0.9, top)
+        axis.set_xlim(*limits)
         plain_log(axis.xaxis)
+        axis.tick_params(axis="x", labelbottom=i + columns >= len(profiles))  # the lowest of each column
         axis.axvline(1, color=INK, linewidth=1)
         axis.grid(axis="x")
         axis.set_yticks(range(len(optimizers)), optimizers)

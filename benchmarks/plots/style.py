@@ -87,11 +87,12 @@ def times(value: float) -> str:
 
 
 def plain_log(axis: Any) -> None:
-    """Log scale with 0.5, 1, 2, 5, 10 in place of powers."""
+    """Log scale with 0.5, 1, 2, 5, 10 in place of powers; where it spans many decades with 0.1, 1, 10. Limits first."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
