@@ -188,13 +188,15 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            if self._plan is None:
-                self._plan = Plan(self)
+            compiling = torch.compiler.is_compiling()
+            plan = Plan(self) if compiling or self._plan is None else self._plan
+            if not compiling:  # a plan of torch operations is of no use to an eager step
+                self._plan = plan
             if self._accumulator is None:
-                self._plan.step()
+                plan.step()
             else:
                 with self._accumulator._lent() as grad_multiplier:
-                    self._plan.step(grad_multiplier)
+                    plan.step(grad_multiplier)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def check_row(optimizer: FusedOptimizer, group: dict[str, Any], index: int, para
     for kind, tensor in (("parameter", param), ("gradient", grad)):
         if tensor.dtype not in FORMAT_OF_DTYPE:
             raise RuntimeError(f"the {kind} of {name} has dtype {tensor.dtype}, which has no optimizer step")
-    if param.is_conj() or param.is_neg():
+    if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
         raise RuntimeError(f"{name} is a conjugated or negated view: make it with resolve_conj() or resolve_neg()")
     Storage.of(group).check(param, name)
     state_storage.check_state(optimizer.state.get(param, {}), optimizer._rule(group), param, name)

@@ -715,3 +715,17 @@ def test_refuses_what_it_cannot_do(backend: Backend) -> None:
 def test_refuses_values_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fused.Adafactor([torch.ones(2)], **kwargs)
+
+
+@pytest.mark.slow
+def test_compiled_step() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    compiled, eager = fused.Adafactor([p]), fused.Adafactor([q])
+    torch._dynamo.reset()
+    step = torch.compile(compiled.step, backend="eager", fullgraph=True)
+    for _ in range(3):
+        p.grad = torch.randn(4, 3)
+        q.grad = p.grad.clone()
+        step()
+        eager.step()
+        torch.testing.assert_close(p, q)

@@ -702,17 +702,43 @@ def test_zero_gradients_at_lr_0_change_nothing(case: Case, backend: Backend) -> 
 @each_case
 @pytest.mark.slow
 def test_compiled_step(case: Case) -> None:
-    """A step inside torch.compile runs in torch operations and gives the eager result."""
+    """A step inside torch.compile is one graph of torch operations and gives the eager result, before and after one."""
     ours, theirs = twins(((7,), (3, 4)))
-    compiled, eager = case.make(ours), case.make(theirs)
+    rate = torch.tensor(0.1)
+    compiled, eager = case.make(ours, lr=rate), case.make(theirs, lr=rate)
     torch._dynamo.reset()
-    step = torch.compile(compiled.step, backend="eager")
-    for _ in range(3):
+    step = torch.compile(compiled.step, backend="eager", fullgraph=True)
+    for number, one in enumerate((step, step, step, compiled.step, step)):
+        rate.fill_(0.1 / (number + 1))  # read from the tensor, no new graph
         same_gradients(ours, theirs)
-        step()
+        one()
         eager.step()
         assert_close(ours, theirs)
     assert all(p._version > 0 for p in ours)
+    assert [type(batch) for batch in compiled._plan.batches] == [type(batch) for batch in eager._plan.batches]
+
+
+@pytest.mark.slow
+def test_compiled_training_step() -> None:
+    """Forward, backward, clipping and step in one compiled function, with the graph breaks torch makes of it."""
+    net = model()
+    plain = copy.deepcopy(net)
+    steps = []
+    for one in (net, plain):
+        optimizer = fused.AdamW(one.parameters(), lr=0.1, max_grad_norm=0.5)
+
+        def train(one: torch.nn.Module = one, optimizer: fused.AdamW = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = backward(one)
+            optimizer.step()
+            return loss
+
+        steps.append(train)
+    torch._dynamo.reset()
+    compiled = torch.compile(steps[0], backend="eager")
+    for _ in range(4):
+        torch.testing.assert_close(compiled(), steps[1]())
+    assert_close(list(net.parameters()), list(plain.parameters()))
 
 
 @each_case
