@@ -58,10 +58,10 @@ def test_every_combination_side_by_side(case: Case, backend: Backend) -> None:
     variant = variant_of(case)
     together = case.make(groups_of(params), variant, backend=backend.name, lr=0.1, seed=5)
     alone = []
-    for index, group in enumerate(groups_of(twins)):
-        before = [torch.nn.Parameter(torch.zeros(1, device=backend.device)) for _ in range(len(SHAPES) * index)]
-        groups = [{"params": before}, group] if before else [group]
-        alone.append(case.make(groups, variant, backend=backend.name, lr=0.1, seed=5))
+    for index, (own, options) in enumerate(zip(twins, GROUPS, strict=True)):
+        before = [torch.nn.Parameter(torch.zeros_like(own[0][:1])) for _ in range(len(SHAPES) * index)]
+        for_all = {name: value for name, value in options.items() if name != "dtype"}
+        alone.append(case.make([*before, *own], variant, backend=backend.name, lr=0.1, seed=5, **for_all))
     for _ in range(2):
         for own, others in zip(params, twins, strict=True):
             for p, q in zip(own, others, strict=True):
