@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "rules.h"
 #include "table.h"
@@ -84,7 +83,7 @@ struct Adafactor {
   // A row's share of the inverse root: sqrt(m / R). Infinite over an empty row, where the limit takes over.
   template <class T>
   static FUSED_HD T row_factor(T mean, T row) {
-    return row == T(0) ? std::numeric_limits<T>::infinity() : sqrt_(mean / row);
+    return row == T(0) ? T(INFINITY) : sqrt_(mean / row);
   }
 
   // A column's share, and the whole inverse root of an element that is not factored.

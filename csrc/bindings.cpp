@@ -11,6 +11,7 @@
 #include "tensor_view.h"
 
 #if defined(FUSED_WITH_CUDA)
+#include "cuda/adafactor_table.h"
 #include "cuda/driver.h"
 #endif
 
@@ -167,6 +168,29 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("captured", &cuda::DeviceTable::captured)
       .def_property_readonly("uploads", &cuda::DeviceTable::uploads)
       .def_property_readonly("launches", &cuda::DeviceTable::launches);
+  py::class_<cuda::AdafactorTable>(m, "AdafactorTable")
+      .def(py::init<int>(), py::arg("device"))
+      .def(
+          "begin",
+          [](cuda::AdafactorTable& device, const HostTable& table, const FactoredTable& factored, bool rows_changed, uintptr_t stream) {
+            device.begin(table.rows, factored.rows, table.groups, rows_changed, stream);
+          },
+          py::arg("table"), py::arg("factored"), py::arg("rows_changed"), py::arg("stream"))
+      .def("reduce", &cuda::AdafactorTable::reduce, py::arg("stream"), py::arg("maximum"), py::arg("row_values"), py::arg("total"))
+      .def(
+          "update",
+          [](const cuda::AdafactorTable& device, const HostTable& table, uintptr_t stream, const StepControl& control) {
+            device.update(table.groups, stream, control);
+          },
+          py::arg("table"), py::arg("stream"), py::arg("control"))
+      .def("bad_row",
+           [](const cuda::AdafactorTable& device, const HostTable& table, const FactoredTable& factored) {
+             return device.bad_row(table.rows, factored.rows);
+           })
+      .def_property_readonly("captured", &cuda::AdafactorTable::captured)
+      .def_property_readonly("uploads", &cuda::AdafactorTable::uploads)
+      .def_property_readonly("launches", &cuda::AdafactorTable::launches)
+      .def_property_readonly("workspace_bytes", &cuda::AdafactorTable::workspace_bytes);
 #else
   m.attr("with_cuda") = false;
 #endif

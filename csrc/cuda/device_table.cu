@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "device_image.h"
 #include "device_table.h"
 #include "driver.h"
 #include "launch.h"
@@ -13,18 +14,6 @@
 
 namespace fused::cuda {
 namespace {
-
-// Kernel arguments hold 4 KB.
-struct Upload {
-  static constexpr int64_t kBytes = 4000;
-  unsigned char* to;
-  int64_t words;
-  uint64_t word[kBytes / 8];
-};
-
-__global__ void __launch_bounds__(kThreads) write_words(const __grid_constant__ Upload upload) {
-  for (int i = int(threadIdx.x); i < upload.words; i += kThreads) reinterpret_cast<uint64_t*>(upload.to)[i] = upload.word[i];
-}
 
 // One block per row lists the row's pieces; the first also clears what `reduce` counts in.
 __global__ void __launch_bounds__(kThreads)
@@ -44,68 +33,9 @@ bool is_plain(const TensorRow& row) {
   return std::all_of(row.state_format, row.state_format + kMaxStates, [](uint8_t f) { return f == kNone || f == kFloat32; });
 }
 
-int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-template <class T>
-T* at(unsigned char* memory, int64_t offset) {
-  return reinterpret_cast<T*>(memory + offset);
-}
-
-cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-// Calls that global capture forbids, allowed for a scope: they touch nothing that the capture knows of.
-class BesideCapture {
- public:
-  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  BesideCapture(const BesideCapture&) = delete;
-  BesideCapture& operator=(const BesideCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-// A stream that waits for no other and is waited for at its end.
-class PrivateStream {
- public:
-  PrivateStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"); }
-  ~PrivateStream() { cudaStreamDestroy(stream_); }
-  PrivateStream(const PrivateStream&) = delete;
-  PrivateStream& operator=(const PrivateStream&) = delete;
-
-  cudaStream_t get() const { return stream_; }
-  void finish() const { check(cudaStreamSynchronize(stream_), "writing the tables of a graph"); }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
 std::string version_name(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 }  // namespace
-
-class DeviceTable::Memory {
- public:
-  Memory(int device, int64_t size) : device_(device), size_(size) { check(cudaMalloc(&address_, size_t(size)), "cudaMalloc of the tables"); }
-  ~Memory() {  // waits for the device, so that no kernel is left that reads it; fails harmlessly where CUDA is gone
-    int before = 0;
-    const BesideCapture beside;
-    if (cudaGetDevice(&before) != cudaSuccess) return;
-    cudaSetDevice(device_);
-    cudaFree(address_);
-    cudaSetDevice(before);
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  unsigned char* address() const { return static_cast<unsigned char*>(address_); }
-  int64_t size() const { return size_; }
-
- private:
-  int device_;
-  int64_t size_;
-  void* address_ = nullptr;
-};
 
 bool debugging() {
   static const bool on = [] {
@@ -128,7 +58,7 @@ std::string problem(int device) {
   if (device >= count) return "there is no CUDA device " + std::to_string(device) + ", only " + std::to_string(count);
   const OnDevice current(device);
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&write_words)) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&attributes, DeviceImage::kernel()) != cudaSuccess) {
     cudaGetLastError();  // not to be reported again by the next caller
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -140,8 +70,11 @@ std::string problem(int device) {
   return "";
 }
 
-DeviceTable::DeviceTable(int device) : device_(device) {}
+DeviceTable::DeviceTable(int device) : device_(device), image_(std::make_unique<DeviceImage>(device)) {}
 DeviceTable::~DeviceTable() = default;
+
+bool DeviceTable::captured() const { return image_->captured(); }
+int64_t DeviceTable::uploads() const { return image_->uploads(); }
 
 void DeviceTable::describe(const std::vector<TensorRow>& rows, size_t group_count) {
   std::vector<const TensorRow*> active;
@@ -153,6 +86,7 @@ void DeviceTable::describe(const std::vector<TensorRow>& rows, size_t group_coun
   row_count_ = int64_t(active.size());
   group_count_ = int64_t(group_count);
   sections_.clear();
+  active_.clear();
   std::vector<DeviceRow> device_rows;
   std::vector<const void*> grads;
   chunk_count_ = span_count_ = 0;
@@ -165,6 +99,7 @@ void DeviceTable::describe(const std::vector<TensorRow>& rows, size_t group_coun
     device_rows.push_back({row, chunk_count_, span_count_, &row - rows.data()});
     device_rows.back().tensor.grad = nullptr;
     grads.push_back(row.grad);
+    active_.push_back(device_rows.back().index);
     const int64_t chunks = (row.numel + kChunk - 1) / kChunk;
     section.chunks += chunks;
     chunk_count_ += chunks;
@@ -183,63 +118,29 @@ void DeviceTable::describe(const std::vector<TensorRow>& rows, size_t group_coun
   layout.arrived = layout.flags + padded(row_count_ * int64_t(sizeof(uint32_t)));
   layout.counter = layout.arrived + padded(row_count_ * int64_t(sizeof(uint32_t)));
   layout.bytes = layout.counter + 256;
-  if (std::memcmp(&layout, &layout_, sizeof layout) != 0) uploaded_.clear();
+  if (std::memcmp(&layout, &layout_, sizeof layout) != 0) image_->forget();
   layout_ = layout;
-  image_.assign(size_t(layout.image), 0);
+  image_->image.assign(size_t(layout.image), 0);
   if (!active.empty()) {
-    std::memcpy(image_.data() + layout.grads, grads.data(), grads.size() * sizeof(void*));
-    std::memcpy(image_.data() + layout.rows, device_rows.data(), device_rows.size() * sizeof(DeviceRow));
+    std::memcpy(image_->image.data() + layout.grads, grads.data(), grads.size() * sizeof(void*));
+    std::memcpy(image_->image.data() + layout.rows, device_rows.data(), device_rows.size() * sizeof(DeviceRow));
   }
 }
 
-// Writes the image where it differs from what is `known` to be there; null: nothing is.
-void DeviceTable::upload(unsigned char* memory, const unsigned char* known, uintptr_t stream) {
-  for (int64_t from = 0; from < layout_.image; from += Upload::kBytes) {
-    const int64_t bytes = std::min(Upload::kBytes, layout_.image - from);
-    if (known != nullptr && std::memcmp(known + from, image_.data() + from, size_t(bytes)) == 0) continue;
-    Upload upload;
-    upload.to = memory + from;
-    upload.words = bytes / 8;
-    std::memcpy(upload.word, image_.data() + from, size_t(bytes));
-    launch("write_words", &write_words, 1, kThreads, stream_of(stream), upload);
-    ++uploads_;
-  }
-  const size_t row_bytes = size_t(layout_.image - layout_.rows);
-  if (known != nullptr && std::memcmp(known + layout_.rows, image_.data() + layout_.rows, row_bytes) == 0) return;
-  launch("list_pieces", &list_pieces, std::max<int64_t>(1, row_count_), kThreads, stream_of(stream),
-         static_cast<const DeviceRow*>(at<DeviceRow>(memory, layout_.rows)), row_count_, at<Piece>(memory, layout_.chunks),
-         at<Piece>(memory, layout_.spans), at<uint32_t>(memory, layout_.flags), at<uint32_t>(memory, layout_.arrived),
-         at<uint32_t>(memory, layout_.counter));
-  ++uploads_;
-}
-
-void DeviceTable::begin(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, bool rows_changed, uintptr_t stream) {
+bool DeviceTable::begin(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, bool rows_changed, uintptr_t stream) {
   const OnDevice current(device_);
   const bool describe_again = rows_changed || group_count_ != int64_t(groups.size());
   if (describe_again) describe(rows, groups.size());
-  if (group_count_ > kInlineGroups)
-    std::memcpy(image_.data() + layout_.groups, groups.data(), groups.size() * sizeof(GroupRow));
-
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream_of(stream), &status), "cudaStreamIsCapturing");
-  if (status != cudaStreamCaptureStatusNone) {
-    const BesideCapture beside;
-    captured_.push_back(std::make_unique<Memory>(device_, layout_.bytes));
-    current_ = captured_.back()->address();
-    const PrivateStream own;
-    upload(current_, nullptr, reinterpret_cast<uintptr_t>(own.get()));
-    own.finish();
-    return;
-  }
-  if (memory_ == nullptr || memory_->size() < layout_.bytes) {
-    memory_.reset();
-    uploaded_.clear();
-    memory_ = std::make_unique<Memory>(device_, layout_.bytes + layout_.bytes / 4);
-  }
-  current_ = memory_->address();
-  if (!describe_again && group_count_ <= kInlineGroups && !uploaded_.empty()) return;
-  upload(current_, uploaded_.empty() ? nullptr : uploaded_.data(), stream);
-  uploaded_ = image_;
+  const bool groups_in_memory = group_count_ > kInlineGroups;
+  if (groups_in_memory) std::memcpy(image_->image.data() + layout_.groups, groups.data(), groups.size() * sizeof(GroupRow));
+  const auto list = [this](unsigned char* memory, cudaStream_t on) {
+    launch("list_pieces", &list_pieces, std::max<int64_t>(1, row_count_), kThreads, on,
+           static_cast<const DeviceRow*>(at<DeviceRow>(memory, layout_.rows)), row_count_, at<Piece>(memory, layout_.chunks),
+           at<Piece>(memory, layout_.spans), at<uint32_t>(memory, layout_.flags), at<uint32_t>(memory, layout_.arrived),
+           at<uint32_t>(memory, layout_.counter));
+  };
+  current_ = image_->place(layout_.bytes, describe_again || groups_in_memory, layout_.rows, stream_of(stream), list);
+  return describe_again;
 }
 
 void DeviceTable::reduce(uintptr_t stream, bool maximum, uintptr_t row_values, uintptr_t total) const {
@@ -284,38 +185,36 @@ void DeviceTable::update(const std::vector<GroupRow>& groups, uintptr_t stream, 
   }
 }
 
+std::string DeviceTable::fault(const char* name, const void* address, int size) const {
+  if (address == nullptr) return "";
+  if (reinterpret_cast<uintptr_t>(address) % uintptr_t(size) != 0)
+    return std::string(name) + " is not aligned to its elements of " + std::to_string(size) + " bytes";
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, address);
+  if (error != cudaSuccess || (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)) {
+    cudaGetLastError();
+    return std::string(name) + " is not in CUDA memory";
+  }
+  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_)
+    return std::string(name) + " is on CUDA device " + std::to_string(attributes.device) + ", not " + std::to_string(device_);
+  return "";
+}
+
 std::pair<int64_t, std::string> DeviceTable::bad_row(const std::vector<TensorRow>& rows) const {
   const OnDevice current(device_);
   const auto size_of = [](uint8_t format) {
     return format == kFloat64 ? 8 : format == kFloat32 ? 4 : format == kBlock8Signed || format == kBlock8Unsigned || format == kRemainder8 ? 1 : 2;
   };
-  const auto fault = [&](const void* address, int size) -> std::string {
-    if (address == nullptr) return "";
-    if (reinterpret_cast<uintptr_t>(address) % uintptr_t(size) != 0) return "is not aligned to its elements of " + std::to_string(size) + " bytes";
-    cudaPointerAttributes attributes{};
-    const cudaError_t error = cudaPointerGetAttributes(&attributes, address);
-    if (error != cudaSuccess || (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)) {
-      cudaGetLastError();
-      return "is not in CUDA memory";
-    }
-    if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_)
-      return "is on CUDA device " + std::to_string(attributes.device) + ", not " + std::to_string(device_);
-    return "";
-  };
   for (size_t r = 0; r < rows.size(); ++r) {
     const TensorRow& row = rows[r];
     if (row.grad == nullptr || row.numel == 0) continue;
-    const auto named = [&](const char* name, const void* address, int size) {
-      const std::string what = fault(address, size);
-      return what.empty() ? what : std::string(name) + " " + what;
-    };
-    std::string what = named("parameter", row.param, size_of(row.param_format));
-    if (what.empty()) what = named("gradient", row.grad, size_of(row.grad_format));
-    if (what.empty() && row.master != nullptr) what = named("master", row.master, size_of(row.master_format));
-    if (what.empty()) what = named("step count", row.step, 4);
+    std::string what = fault("parameter", row.param, size_of(row.param_format));
+    if (what.empty()) what = fault("gradient", row.grad, size_of(row.grad_format));
+    if (what.empty() && row.master != nullptr) what = fault("master", row.master, size_of(row.master_format));
+    if (what.empty()) what = fault("step count", row.step, 4);
     for (int k = 0; k < kMaxStates && what.empty(); ++k) {
-      what = named("state", row.state[k], size_of(row.state_format[k]));
-      if (what.empty()) what = named("block scale", row.scale[k], 2);
+      what = fault("state", row.state[k], size_of(row.state_format[k]));
+      if (what.empty()) what = fault("block scale", row.scale[k], 2);
     }
     if (!what.empty()) return {int64_t(r), what};
   }

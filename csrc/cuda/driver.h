@@ -17,11 +17,9 @@ std::string problem(int device);
 // Whether every launch is waited for and checked (FUSED_CUDA_DEBUG=1).
 bool debugging();
 
-// One device's tables and launches.
-//
-// What changed since the last step travels as kernel arguments, in stream order: nothing on the host has to outlive the
-// call and nothing waits. A step that is captured into a graph gets tables of its own, written before the graph ever runs
-// and kept as long as this object: later steps cannot change them under the graph.
+class DeviceImage;
+
+// One device's tables and launches; see DeviceImage for how they get there.
 class DeviceTable {
  public:
   explicit DeviceTable(int device);
@@ -29,8 +27,9 @@ class DeviceTable {
   DeviceTable(const DeviceTable&) = delete;
   DeviceTable& operator=(const DeviceTable&) = delete;
 
-  // Opens a step: brings the device's tables up to date. `rows_changed` false promises the rows of the last call.
-  void begin(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, bool rows_changed, uintptr_t stream);
+  // Opens a step: brings the device's tables up to date. `rows_changed` false promises the rows of the last call. Returns
+  // whether the rows were looked at.
+  bool begin(const std::vector<TensorRow>& rows, const std::vector<GroupRow>& groups, bool rows_changed, uintptr_t stream);
 
   // Norms of the gradients: `row_values` receives {sum of squares or largest magnitude, 1 where an element is not finite}
   // for every row with a gradient that has elements, `total` {value over all rows, number of rows that are not finite}.
@@ -42,12 +41,15 @@ class DeviceTable {
   // is wrong; (-1, "") if there is none. Slow.
   std::pair<int64_t, std::string> bad_row(const std::vector<TensorRow>& rows) const;
 
-  bool captured() const { return !captured_.empty(); }
-  int64_t uploads() const { return uploads_; }    // launches so far that changed the tables
+  // What is wrong with an address, which the message calls by `name`; empty if nothing is. Null is no address.
+  std::string fault(const char* name, const void* address, int size) const;
+
+  bool captured() const;
+  int64_t uploads() const;                        // launches so far that changed the tables
   int64_t launches() const { return launches_; }  // launches so far of everything else
 
  private:
-  class Memory;
+  friend class AdafactorTable;
   // Byte offsets into the device's memory. What is below `image` is written from the host.
   struct Layout {
     int64_t grads, groups, rows, image, work, chunks, spans, partials, flags, arrived, counter, bytes;
@@ -59,17 +61,14 @@ class DeviceTable {
   };
 
   void describe(const std::vector<TensorRow>& rows, size_t group_count);
-  void upload(unsigned char* memory, const unsigned char* known, uintptr_t stream);
 
   int device_;
   std::vector<Section> sections_;
+  std::vector<int64_t> active_;  // the host's index of each row on the device
   int64_t row_count_ = 0, chunk_count_ = 0, span_count_ = 0, group_count_ = -1;
   Layout layout_{};
-  std::vector<unsigned char> image_, uploaded_;
-  std::unique_ptr<Memory> memory_;
-  std::vector<std::unique_ptr<Memory>> captured_;
+  std::unique_ptr<DeviceImage> image_;
   unsigned char* current_ = nullptr;
-  int64_t uploads_ = 0;
   mutable int64_t launches_ = 0;
 };
 

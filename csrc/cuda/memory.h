@@ -40,16 +40,22 @@ __device__ __forceinline__ void store_word(T* address, T value) {
   else __stcg(address, value);
 }
 
+// V elements from an address that takes 16-byte accesses, or one access where they are fewer bytes.
+template <Reuse REUSE, class Raw, int V>
+__device__ __forceinline__ void load_vector(const Raw* address, Raw (&out)[V]) {
+  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
+  using W = typename Word<kWord>::type;
+  W words[kBytes / kWord];
+#pragma unroll
+  for (int w = 0; w < kBytes / kWord; ++w) words[w] = load_word<REUSE>(reinterpret_cast<const W*>(address) + w);
+  memcpy(out, words, kBytes);
+}
+
 // Elements [0, count) at `address`; the others become zero.
 template <Reuse REUSE, class Raw, int V>
 __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&out)[V]) {
-  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
-  using W = typename Word<kWord>::type;
-  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWord == 0) {
-    W words[kBytes / kWord];
-#pragma unroll
-    for (int w = 0; w < kBytes / kWord; ++w) words[w] = load_word<REUSE>(reinterpret_cast<const W*>(address) + w);
-    memcpy(out, words, kBytes);
+  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWordBytes<V * int(sizeof(Raw))> == 0) {
+    load_vector<REUSE>(address, out);
   } else {
 #pragma unroll
     for (int j = 0; j < V; ++j) out[j] = j < count ? load_word<REUSE>(address + j) : Raw(0);

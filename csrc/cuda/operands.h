@@ -202,4 +202,18 @@ __device__ __forceinline__ void store_block8(const TensorRow& row, int k, const 
   store_raw<Reuse::kOnce>(static_cast<uint8_t*>(row.state[k]) + at.begin, at.count, code);
 }
 
+// ---- rounding included ----
+
+__device__ __forceinline__ void round_param(const TensorRow& row, const Place& at, const float (&x)[kVector], uint64_t seed, uint32_t step) {
+  const uint8_t main_format = row.master_format == kNone ? row.param_format : row.master_format;
+  store_param(row, at, x, rounding_of(row, main_format, 0, seed, step, at));
+}
+
+__device__ __forceinline__ void round_state(const TensorRow& row, int k, const Place& at, const float (&x)[kVector], uint64_t seed,
+                                            uint32_t step) {
+  const uint8_t format = row.state_format[k];
+  if (is_block8(format)) return store_block8(row, k, at, x, step);
+  store<Reuse::kOnce>(format, row.state[k], at, x, rounding_of(row, format, uint32_t(k + 1), seed, step, at));
+}
+
 }  // namespace fused::cuda

@@ -10,15 +10,6 @@
 namespace fused::cuda {
 namespace {
 
-__device__ double read_number(const void* address, uint8_t format) {
-  switch (format) {
-    case kFloat32: return double(*static_cast<const float*>(address));
-    case kFloat64: return *static_cast<const double*>(address);
-    case kBFloat16: return double(bf16_to_float(*static_cast<const uint16_t*>(address)));
-    default: return double(fp16_to_float(*static_cast<const uint16_t*>(address)));
-  }
-}
-
 template <class Rule>
 __device__ __forceinline__ void derive(const double* hyper, double step, bool in_double, RowWork& work) {
   if (in_double) {
@@ -53,9 +44,7 @@ __global__ void __launch_bounds__(kThreads) prologue(const __grid_constant__ Pro
   }
   const GroupRow& group = args.groups != nullptr ? args.groups[row.group] : args.inline_groups[row.group];
   double hyper[kMaxHypers];
-#pragma unroll
-  for (int h = 0; h < kMaxHypers; ++h)
-    hyper[h] = group.hyper_at[h] != nullptr ? read_number(group.hyper_at[h], group.hyper_format[h]) : group.hyper[h];
+  read_hypers(group, hyper);
   const bool in_double = row.param_format == kFloat64;
   const double factor = decision.grad_factor * group.grad_sign;
   work.factor = in_double ? factor : double(float(factor));

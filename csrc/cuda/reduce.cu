@@ -3,28 +3,11 @@
 // the order blocks run in.
 #include "reduce.h"
 
+#include "block.h"
 #include "memory.h"
 
 namespace fused::cuda {
 namespace {
-
-constexpr int kWarps = kThreads / kWarp;
-
-__device__ __forceinline__ double join(double a, double b, bool maximum) { return maximum ? max_nan(a, b) : a + b; }
-
-// The block's values in one, valid in thread 0.
-__device__ double join_block(double value, bool maximum) {
-  __shared__ double of_warp[kWarps];
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-    value = join(value, __shfl_down_sync(0xffffffffu, value, lanes), maximum);
-  __syncthreads();  // the last use of `of_warp` is over
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < kWarps; ++w) value = join(value, of_warp[w], maximum);
-  return value;
-}
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 
@@ -48,18 +31,6 @@ __device__ __forceinline__ double accumulate(const T* grad, int n, bool maximum,
 #pragma unroll
     for (int j = 0; j < width; ++j) lane[j] = join(lane[j], lane[j + width], maximum);
   return lane[0];
-}
-
-// True in the whole block for the last of `count` blocks to come here; what the others wrote before is visible to it.
-__device__ bool is_last(uint32_t* arrived, unsigned count) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrived, 1u) == count - 1u;
-  }
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
 }
 
 // One span of a gradient; the last block of a row adds up the row.

@@ -47,17 +47,9 @@ __global__ void __launch_bounds__(kThreads, kResident<Rule>) update_mixed(Update
 #pragma unroll
       for (int k = 0; k < S; ++k) s[k][j] = v[k];
     }
-    const uint8_t main_format = row.master_format == kNone ? row.param_format : row.master_format;
-    store_param(row, at, p, rounding_of(row, main_format, 0, args.seed, work.step, at));
+    round_param(row, at, p, args.seed, work.step);
 #pragma unroll
-    for (int k = 0; k < S; ++k) {
-      if (is_block8(row.state_format[k])) {
-        store_block8(row, k, at, s[k], work.step);
-      } else {
-        const Rounding r = rounding_of(row, row.state_format[k], uint32_t(k + 1), args.seed, work.step, at);
-        store<Reuse::kOnce>(row.state_format[k], row.state[k], at, s[k], r);
-      }
-    }
+    for (int k = 0; k < S; ++k) round_state(row, k, at, s[k], args.seed, work.step);
   }
 }
 

@@ -11,7 +11,7 @@ graph keeps the hyperparameters of the step that was captured, but for those tha
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Batch(TableBatch):
     def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
         super().__init__(optimizer, device, indices)
         self.table.read_on_device(_DLPACK_DEVICE_TYPE, _index(device))
-        self.device_table = extension.DeviceTable(_index(device))
+        self.device_table = self._device_table()
         self.generation = -1
         self.rows_seen = -1
         self.stream = 0
@@ -83,15 +83,25 @@ class Batch(TableBatch):
         if self.rows_seen != self.active_generation:
             self.row_values.zero_()  # of a row that lost its gradient nothing may stay
             self.rows_seen = self.active_generation
-        self.device_table.begin(self.table, changed, self.stream)
+        self._begin(changed)
         self.generation = self.table.generation
         if self.device_table.captured:
             # A graph reads this table whenever it is replayed: it lives as long as the optimizer, as the state does.
             self.optimizer.__dict__.setdefault("_captured_tables", set()).add(self.device_table)
         return True
 
+    def _device_table(self) -> Any:
+        return extension.DeviceTable(_index(self.device))
+
+    def _begin(self, changed: bool) -> None:
+        self.device_table.begin(self.table, changed, self.stream)
+
+    def _bad_row(self) -> tuple[int, str]:
+        row: tuple[int, str] = self.device_table.bad_row(self.table)
+        return row
+
     def _check_addresses(self) -> None:
-        index, what = self.device_table.bad_row(self.table)
+        index, what = self._bad_row()
         if index >= 0:
             raise RuntimeError(f"{self._name(index)}: {what}")
 
