@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from fused import backends
+
+if TYPE_CHECKING:
+    from cuda_on_cpu.backend import CudaOnCpu
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,20 @@ def isas() -> Iterator[list[str]]:
     backends.extension.select_isa(before)
     yield usable
     backends.extension.select_isa(before)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> CudaOnCpu:
+    """The CUDA kernels, compiled for the CPU."""
+    from cuda_on_cpu.backend import CudaOnCpu
+    from cuda_on_cpu.build import SANITIZED, build
+
+    return CudaOnCpu(build(SANITIZED))
+
+
+@pytest.fixture
+def served(kernels: CudaOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOnCpu]:
+    """Optimizers step through the CUDA kernels, played by the CPU."""
+    kernels.serve(monkeypatch)
+    yield kernels
+    kernels.order(0)

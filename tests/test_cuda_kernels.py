@@ -14,14 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_on_cpu.backend import FORWARD, RANDOM, REVERSE, CudaOnCpu, device_table
-from cuda_on_cpu.build import CSRC, build, compiler
+from cuda_on_cpu.build import CSRC, SANITIZED, build, compiler
+from cuda_on_cpu.defects import Defect, check_found
 from torch import Tensor
 
 import fused
@@ -33,7 +34,6 @@ if importlib.util.find_spec("pybind11") is None or shutil.which(compiler()[0]) i
 if not sys.platform.startswith("linux"):
     pytest.skip("fibers and linking are as on Linux", allow_module_level=True)
 
-SANITIZED = os.environ.get("CUDA_ON_CPU_SANITIZED") == "1"
 BF16, FP16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 # Around vectors (4, 8), 8-bit blocks (64), rounds (2048) and chunks (8192); 32768 is what one block of the norm reads.
@@ -84,19 +84,6 @@ STORAGE: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {  # param
         {"master_weights": "split8", "stochastic_rounding": True, "state_dtype": FP16},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CudaOnCpu:
-    return CudaOnCpu(build(SANITIZED))
-
-
-@pytest.fixture
-def served(kernels: CudaOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOnCpu]:
-    """Optimizers step through the CUDA kernels."""
-    kernels.serve(monkeypatch)
-    yield kernels
-    kernels.order(FORWARD)
 
 
 def make_params(sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -485,18 +472,18 @@ def test_debugging_names_the_parameter(served: CudaOnCpu, monkeypatch: pytest.Mo
 
 # ---- the tests can fail ----
 
-PLANTED = {
+PLANTED: dict[str, Defect] = {
     "missing-barrier": (
-        "reduce.cu",
+        "block.h",
         "if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;\n  __syncthreads();",
         "if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;",
     ),
     "barrier-before-reuse": (
-        "reduce.cu",
+        "block.h",
         "  __syncthreads();  // the last use of `of_warp` is over\n",
         "",
     ),
-    "missing-barrier-of-last": ("reduce.cu", "  __syncthreads();\n  if (last) ", "  if (last) "),
+    "missing-barrier-of-last": ("block.h", "  __syncthreads();\n  if (last) ", "  if (last) "),
     "tail-off-by-one": ("update_plain.cu", "if (i >= n) return;", "if (i >= n - 1) return;"),
     "round-too-short": ("update_mixed.cu", "round < n; round +=", "round < n - 1; round +="),
     "lane-mask": (
@@ -536,30 +523,7 @@ def run_selection(kernels: CudaOnCpu) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *PLANTED])
 def test_planted_defects_are_found(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "CUDA_ON_CPU_ALONE" not in os.environ:  # builds in one process would share what carries the same name
-        test = f"{__file__}::test_planted_defects_are_found[{name}]"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-        environment = {**os.environ, "CUDA_ON_CPU_ALONE": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-3000:]
-        return
-    if name is None:
-        kernels = CudaOnCpu(build())
-        kernels.serve(monkeypatch)
-        run_selection(kernels)
-        return
-    file, good, bad = PLANTED[name]
-
-    def plant(source: str, text: str) -> str:
-        if source != file:
-            return text
-        assert text.count(good) == 1, f"{file} has no such place any more"
-        return text.replace(good, bad)
-
-    kernels = CudaOnCpu(build(planted=(name, plant)))
-    kernels.serve(monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError)):
-        run_selection(kernels)
+    check_found(f"{__file__}::test_planted_defects_are_found[{name}]", name, PLANTED, run_selection, monkeypatch)
 
 
 @pytest.mark.slow
@@ -578,7 +542,11 @@ def test_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    selection = "same_bits and (adamw or sgd_momentum) or misaligned or norm or captured or come_and_go or many_groups"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
+    selection = (
+        "same_bits and (adamw or sgd_momentum) or misaligned or norm or captured or come_and_go or many_groups"
+        " or follows_the_cpu or odd_places"
+    )
+    files = [__file__, str(Path(__file__).with_name("test_cuda_adafactor.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selection]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

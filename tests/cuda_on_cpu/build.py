@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+SANITIZED = os.environ.get("CUDA_ON_CPU_SANITIZED") == "1"
+"""Whether this process runs the tests with the sanitized build."""
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 FLAGS = [
@@ -56,10 +59,10 @@ def build(sanitize: bool = False, planted: tuple[str, Callable[[str, str], str]]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         csrc = edited(folder / planted[0], planted[1]) if planted else CSRC
-        headers = b"".join(p.read_bytes() for top in (csrc, HERE) for p in sorted(top.rglob("*.h")))
 
         def compile_one(source: Path) -> Path:
-            key = hashlib.sha256(headers + source.read_bytes() + repr((flags, system, compiler())).encode())
+            text = b"".join(path.read_bytes() for path in read_by(source))
+            key = hashlib.sha256(text + repr((flags, system, compiler())).encode())
             target = folder / f"{source.name}-{key.hexdigest()[:16]}.o"
             if not target.exists():
                 partial = target.with_suffix(".tmp")
@@ -77,6 +80,20 @@ def build(sanitize: bool = False, planted: tuple[str, Callable[[str, str], str]]
             run([*compiler(), *sanitizers, "-shared", *map(str, objects), "-o", str(partial)])
             partial.rename(module)
     return module
+
+
+def read_by(source: Path) -> list[Path]:
+    """The source and every header of ours that it includes, directly or not."""
+    found: dict[Path, None] = {}
+    left = [source.resolve()]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found[path] = None
+        for name in re.findall(r'^#include ["<](.+)[">]', path.read_text(), re.MULTILINE):
+            left += [at.resolve() for at in (path.parent / name, HERE / "include" / name) if at.is_file()]
+    return sorted(found)
 
 
 def edited(folder: Path, edit: Callable[[str, str], str]) -> Path:
