@@ -229,14 +229,15 @@ def test_a_captured_step_is_replayed(served: CudaOnCpu) -> None:
     served.begin_capture()
     captured.step()
     assert served.end_capture() == 4
-    other = [torch.zeros_like(p) for p in params_of(captured)]
-    for p, g in zip(params_of(captured), other, strict=True):
-        p.grad, g = g, p.grad
+    where_they_were = [p.grad for p in params_of(captured)]
+    for p in params_of(captured):
+        p.grad = torch.zeros_like(p)
     for value in (0.02, 0.5):
         lr.fill_(value)
         served.replay()
         eager.step()
         assert_same(everything(captured), everything(eager))
+    assert all(g is not None for g in where_they_were)
 
 
 def test_gradients_that_come_and_go(served: CudaOnCpu) -> None:
@@ -254,7 +255,7 @@ def test_gradients_that_come_and_go(served: CudaOnCpu) -> None:
 
 
 def test_sums_take_little_memory(served: CudaOnCpu) -> None:
-    for shape, most in (((512, 1024), 0.1), ((2048, 32), 0.3), ((400, 3, 3), 2.0)):
+    for shape, most in (((512, 1024), 0.1), ((2048, 32), 0.3), ((400, 3, 3), 2.5)):
         optimizer = run(None, (shape,), steps=1)
         workspace = optimizer._plan.batches[0].device_table.workspace_bytes  # type: ignore[union-attr]
         assert workspace / params_of(optimizer)[0].numel() < most, shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -90,7 +91,7 @@ def choose(device: torch.device, requested: str | None, kernels: str = "") -> st
     """
     serves = _SERVES.get(device.type, ())
     if requested is None:
-        return next((n for n in serves if _has_kernels(n, kernels) and available(n, device)[0]), "reference")
+        return _best([name for name in serves if _has_kernels(name, kernels)], device)
     served = requested == "reference" or requested in serves
     usable, reason = available(requested, device if served else None)
     if not usable:
@@ -100,6 +101,30 @@ def choose(device: torch.device, requested: str | None, kernels: str = "") -> st
     if not served:
         raise RuntimeError(f"backend={requested!r} does not serve parameters on device {device}")
     return requested
+
+
+def _best(names: list[str], device: torch.device) -> str:
+    """The first of ``names`` that is available on ``device``, or the reference; says why it is not a faster one."""
+    reasons: dict[str, str] = {}
+    for name in [*names, "reference"]:
+        usable, reason = available(name, device)
+        if usable:
+            break
+        reasons[name] = reason
+    if "cuda" in reasons and (_cuda_is_built() or name == "reference"):
+        why = "; ".join(f"{unusable}: {reason}" for unusable, reason in reasons.items())
+        _warn_once(f"fused: parameters on {device} are updated by the {name} backend ({why})")
+    return name
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _cuda_is_built() -> bool:
+    """Whether CUDA kernels are to be expected: a build without them, or a torch for another vendor, is a choice."""
+    return extension is not None and bool(extension.with_cuda) and torch.version.cuda is not None
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import cuda
+from . import cuda, extension
 from .factored_table import FactoredBatch
 
 
@@ -17,7 +17,7 @@ class Batch(FactoredBatch, cuda.Batch):
     """Parameters on one CUDA device."""
 
     def _device_table(self) -> Any:
-        return cuda.extension.AdafactorTable(cuda._index(self.device))
+        return extension.AdafactorTable(cuda._index(self.device))
 
     def _begin(self, changed: bool) -> None:
         self.device_table.begin(self.table, self.factored, changed, self.stream)

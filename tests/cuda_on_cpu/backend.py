@@ -46,12 +46,12 @@ class CudaOnCpu:
     def serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Has every optimizer step through these kernels, unless it asks for another backend by name."""
         import fused.backends as backends
-        from fused.backends import cpu, cpu_adafactor, cuda, factored_table, table
+        from fused.backends import cpu, cpu_adafactor, cuda, cuda_adafactor, factored_table, table
 
         def choose(device: torch.device, requested: str | None, kernels: str = "") -> str:
             return requested or "cuda"
 
-        for module in (backends, cpu, cpu_adafactor, cuda, factored_table, table):
+        for module in (backends, cpu, cpu_adafactor, cuda, cuda_adafactor, factored_table, table):
             monkeypatch.setattr(module, "extension", self.extension)
         monkeypatch.setattr(backends, "choose", choose)
         monkeypatch.setattr(cuda, "_DLPACK_DEVICE_TYPE", 1)
