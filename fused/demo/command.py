@@ -74,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="master weights of bf16 and fp16 parameters (default: split)")  # fmt: skip
     add("--state", choices=STATES, help="storage of the optimizer's state (default: the optimizer's choice)")
     add("--inject-overflow", type=_positive(int), metavar="EVERY",
-        help="put an infinity into the gradients every so many steps; those steps must be skipped")  # fmt: skip
+        help="put an infinity into the gradients every so many steps; those steps must be skipped;"
+             " torch's runs, which get none, sit them out, so that all make the same number of updates")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -161,7 +162,16 @@ def _runs(
         model = copy.deepcopy(weights).to(device)
         if found := optimizers.torch_optimizer(recipe, model, lr, form):
             label, optimizer = found
-            runs.append(Run(label, model, optimizer, schedule(optimizer), clip_separately=arguments.clip))
+            runs.append(
+                Run(
+                    label,
+                    model,
+                    optimizer,
+                    schedule(optimizer),
+                    clip_separately=arguments.clip,
+                    sit_out_every=arguments.inject_overflow,
+                )
+            )
     if not runs:
         raise UnavailableError(f"torch has no {arguments.against}=True form of {recipe.name} on {device}")
 

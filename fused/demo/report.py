@@ -136,6 +136,8 @@ def verdict(result: Result) -> list[str]:
     lines = [f"{result.ours.label}: {' and '.join(speeds)} in the optimizer step."]
     if skipped := result.ours.skipped_steps:
         lines.append(f"Steps skipped for gradients that were not finite: {len(skipped)}.")
+        if every := result.config["inject_overflow"]:
+            lines.append(f"torch's runs sat out the injected ones (every {every} steps): as many updates on all sides.")
     if len(result.ours.losses) > WARM_UP_STEPS:
         lines.append(f"Times leave out the first {WARM_UP_STEPS} steps.")
     if busy := _busy(result):

@@ -30,6 +30,7 @@ class Run:
     scaler: Any = None  # a torch.amp.GradScaler or fused.GradScaler
     clip_separately: float | None = None  # for an optimizer that does not clip by itself
     inject_overflow_every: int | None = None
+    sit_out_every: int | None = None  # makes no step where another run meets an injected overflow: as many updates
     losses: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -41,14 +42,15 @@ class Run:
         started = _now(batch[0].device)
         loss = self.model.loss(*batch)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if self.inject_overflow_every and (len(self.losses) + 1) % self.inject_overflow_every == 0:
+        if self._is_turn(self.inject_overflow_every):
             _overflow(self.model)
 
         backward_done = _now(batch[0].device)
         if self.clip_separately is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_separately)
         if self.scaler is None:
-            self.optimizer.step()
+            if not self._is_turn(self.sit_out_every):
+                self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -62,6 +64,9 @@ class Run:
         if self._skipped(scale):
             self.skipped_steps.append(len(self.losses))
         return self.losses[-1]
+
+    def _is_turn(self, every: int | None) -> bool:
+        return every is not None and (len(self.losses) + 1) % every == 0
 
     def _skipped(self, scale_before: float | None) -> bool:
         """Whether the last step met gradients that were not finite. Waits for the device: not while timing."""
