@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from enum import IntEnum
 from typing import Any
 
@@ -80,11 +81,7 @@ class Storage:
     @staticmethod
     def of(group: dict[str, object]) -> Storage:
         """Reads the storage options of a parameter group."""
-        return Storage(
-            parse_master_weights(group.get("master_weights")),
-            parse_state_dtype(group.get("state_dtype")),
-            bool(group.get("stochastic_rounding", False)),
-        )
+        return _storage(group.get("master_weights"), group.get("state_dtype"), group.get("stochastic_rounding", False))
 
     def check(self, param: Tensor, name: str) -> None:
         """Raises where the options do not fit a parameter's dtype."""
@@ -107,6 +104,12 @@ class Storage:
         if self.state_dtype is not None:
             return getattr(torch, self.state_dtype)  # type: ignore[no-any-return]
         return torch.float32 if self.master_weights is not None else param.dtype
+
+
+@cache
+def _storage(master_weights: object, state_dtype: object, stochastic_rounding: object) -> Storage:
+    """One object for equal options: every step asks for every group's, and hundreds of groups must cost nothing."""
+    return Storage(parse_master_weights(master_weights), parse_state_dtype(state_dtype), bool(stochastic_rounding))
 
 
 def blocks8(numel: int) -> int:
