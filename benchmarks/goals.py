@@ -10,6 +10,7 @@ import torch
 
 from .cases import CASES, Case, Precision
 from .commands.common import Run
+from .commands.host import kernel_seconds
 from .commands.kernel import gradient_cell
 from .commands.memory import measure_memory
 from .commands.pipeline import measure_pipeline
@@ -118,14 +119,21 @@ def _groups(shape: str, groups: int) -> Callable[[Run], tuple[float, str]]:
 
 def _host(tensors: int) -> Callable[[Run], tuple[float, str]]:
     def measure(run: Run) -> tuple[float, str]:
-        rows = measure_cell(run.session, CASES["adamw"], _problem(run, f"{tensors}x1", Precision()), [], "goal")
+        problem = _problem(run, f"{tensors}x4", Precision())
+        rows = measure_cell(run.session, CASES["adamw"], problem, [], "goal")
         run.rows += rows
         if not rows:
             raise NotAvailable("time limit")
         (row,) = rows
         if row.host_ms is None:
             raise NotAvailable(row.status.removeprefix("not available: "))
-        return row.host_ms, f"{1e3 * row.host_ms / tensors:.3g} us per tensor"
+        kernels = 0.0  # on a CPU the call returns after them
+        if run.device.type == "cpu":
+            step = SYSTEMS["fused"].make(CASES["adamw"], problem, run.session.options).step
+            kernels = 1e3 * (kernel_seconds(step) or 0.0)
+        host = row.host_ms - kernels
+        apart = f", {kernels:.3g} ms in kernels apart" if kernels else ""
+        return host, f"{1e3 * host / tensors:.3g} us per tensor{apart}"
 
     return measure
 
@@ -182,7 +190,7 @@ def cpu_goals() -> list[Goal]:
             for shape in ("gpt2", "resnet50", "lora", "tiny", "1x1", "1x1K", "1x32K", "1x1M", "10x1M", "100x32K")
         ),
         Goal("AdamW fp32, 1000x32K: cost of 300 groups", 5.0, "%", _groups("1000x32K", 300), at_most=True),
-        Goal("AdamW fp32, 1000 tensors of 1: host time per step", 0.25, "ms", _host(1000), at_most=True, part="host"),
+        Goal("AdamW fp32, 1000 tensors of 4: host time per step", 0.25, "ms", _host(1000), at_most=True, part="host"),
         _bytes("adamw", Precision("bf16", "split"), 12.0),
         _bytes("adamw", BF16_SPLIT_BF16, 8.0),
         _bytes("adamw", SMALLEST, 5.15),
@@ -246,11 +254,11 @@ def gpu_goals(backend: str | None) -> list[Goal]:
         ),
         _as(_step("adafactor", "gpt2", fp32), 5.0 if triton else 8.0, "adafactor"),
         Goal(
-            "AdamW fp32, 1000 tensors of 1: host time per step",
+            "AdamW fp32, 1000 tensors of 4: host time per step",
             0.3 if triton else 0.15, "ms", _host(1000), at_most=True, part="host",
         ),
         Goal(
-            "AdamW fp32, 1 tensor: host time per step",
+            "AdamW fp32, 1 tensor of 4: host time per step",
             0.3 if triton else 0.015, "ms", _host(1), at_most=True, part="host",
         ),
     ]  # fmt: skip
