@@ -43,18 +43,9 @@ const Grad& grads() {
   return *instance;
 }
 
-// Rows' objects lie scattered over the heap, so they are fetched this many rows before their turn: first the objects
-// themselves, then what the first word after an object's head points to, which in a torch tensor is its implementation.
-constexpr size_t kFarAhead = 12, kNearAhead = 6;
-
-void prefetch_object(PyObject* object) {
-  if (object != nullptr) prefetch(object);
-}
-
-void prefetch_implementation(PyObject* tensor) {
-  const char* implementation = static_cast<const char*>(reinterpret_cast<void**>(tensor)[sizeof(PyObject) / sizeof(void*)]);
-  for (int line = 0; line < 4; ++line) prefetch(implementation + 64 * line);
-}
+// Rows' objects lie scattered over the heap, each with pointers to the next. They are fetched in three stages, so many rows
+// before their turn.
+constexpr size_t kFar = 12, kMiddle = 8, kNear = 4;
 
 double number_at(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
@@ -125,8 +116,13 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) {
       const bool is_tensor = py::hasattr(value, "data_ptr");
-      entry.values.push_back(is_tensor ? py::reinterpret_borrow<py::object>(value) : py::object());
       if (is_tensor) entry.last = value;
+      if (entry.value_count == kMaxValues) {
+        entry.watched = false;
+        break;
+      }
+      if (is_tensor) entry.values[entry.value_count] = py::reinterpret_borrow<py::object>(value);
+      ++entry.value_count;
     }
     if (entry.last != nullptr) entry.last_data = data_of(entry.last);
     entry.state = std::move(state);
@@ -145,8 +141,8 @@ bool HostTable::state_in_place(const Entry& entry, bool look) {
   Py_ssize_t position = 0;
   size_t i = 0;
   for (; PyDict_Next(entry.state.ptr(), &position, &key, &value); ++i)
-    if (i >= entry.values.size() || (entry.values[i] && entry.values[i].ptr() != value)) return false;
-  if (i != entry.values.size()) return false;
+    if (i >= entry.value_count || (entry.values[i] && entry.values[i].ptr() != value)) return false;
+  if (i != entry.value_count) return false;
   return !look || entry.last == nullptr || data_of(entry.last) == entry.last_data;
 }
 
@@ -159,6 +155,10 @@ bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
 
   const py::object grad = grads().of(entry.param.ptr());
   const void* address = nullptr;
+  if (grad.ptr() != entry.last_grad) {
+    entry.last_grad = grad.ptr();
+    entry.last_grad_implementation = implementation_of(grad.ptr());
+  }
   if (!grad.is_none()) {
     if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;
     if (view.numel == 1 && is_negated(grad.ptr())) return false;
@@ -207,6 +207,23 @@ bool HostTable::same_dictionaries(const py::dict& state) const {
   return i == dictionaries_.size();
 }
 
+void HostTable::fetch_ahead(size_t index) const {
+  if (index + kFar >= entries_.size()) return;
+  const Entry &far = entries_[index + kFar], &middle = entries_[index + kMiddle], &near = entries_[index + kNear];
+  prefetch(far.param.ptr());
+  prefetch(far.state.ptr());
+  prefetch(far.last_grad);
+  prefetch_implementation(middle.param.ptr());
+  if (middle.state) {
+    const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(middle.state.ptr())->ma_keys);
+    prefetch(keys);
+    prefetch(keys + 64);
+  }
+  for (int line = 0; line < kImplementationLines; ++line)
+    prefetch(static_cast<const char*>(middle.last_grad_implementation) + 64 * line);
+  prefetch_storage(near.param.ptr());
+}
+
 py::object HostTable::refresh(const py::list& param_groups, const py::dict& state) {
   static PyObject* const params_name = PyUnicode_InternFromString("params");
   py::list attention;
@@ -226,11 +243,7 @@ py::object HostTable::refresh(const py::list& param_groups, const py::dict& stat
     if (params == nullptr || !PyList_Check(params)) return py::none();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++index) {
       if (index >= entries_.size() || entries_[index].param.ptr() != PyList_GET_ITEM(params, i)) return py::none();
-      if (index + kFarAhead < entries_.size()) {
-        prefetch_object(entries_[index + kFarAhead].param.ptr());
-        prefetch_object(entries_[index + kFarAhead].state.ptr());
-        prefetch_implementation(entries_[index + kNearAhead].param.ptr());
-      }
+      fetch_ahead(index);
       const bool look = entries_.size() <= kFewRows || index % kLookEvery == turn_ % kLookEvery;
       if (!unchanged(entries_[index], rows[index], look)) attention.append(index);
     }

@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,8 @@ class HostTable {
   pybind11::list active_params() const;
 
  private:
+  // Step, states, their scales, and a master. A row whose state has more is looked at by Python before every step.
+  static constexpr size_t kMaxValues = 2 * kMaxStates + 2;
   // In the order in which they are looked at: what a step reads of an entry should lie in few cache lines.
   struct Entry {
     pybind11::object param;
@@ -50,13 +53,17 @@ class HostTable {
     bool watched = false;
     bool foreign = false;  // another table updates it
     bool ready = false;    // state exists: a gradient may be used
-    TensorView view;
-    // Of the state dictionary, in its order; null: no tensor. Owned, so that no other tensor takes the place of a dead one.
-    std::vector<pybind11::object> values;
-    PyObject* last = nullptr;       // the last tensor among them, and its memory
+    // Where the last gradient was, for a hint only: it may be dead.
+    const void *last_grad = nullptr, *last_grad_implementation = nullptr;
+    PyObject* last = nullptr;  // the last tensor among the values, and its memory
     void* last_data = nullptr;
+    // Of the state dictionary, in its order; null: no tensor. Owned, so that no other tensor takes the place of a dead one.
+    size_t value_count = 0;
+    std::array<pybind11::object, kMaxValues> values;
+    TensorView view;
   };
 
+  void fetch_ahead(size_t index) const;
   bool unchanged(Entry& entry, TensorRow& row, bool look);
   static bool state_in_place(const Entry& entry, bool look);
   bool same_dictionaries(const pybind11::dict& state) const;

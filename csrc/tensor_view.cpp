@@ -12,6 +12,8 @@
 #include <dlfcn.h>
 #endif
 
+#include "prefetch.h"
+
 namespace py = pybind11;
 
 namespace fused {
@@ -97,6 +99,8 @@ class StableABI {
     static const StableABI* found = find();
     return found;
   }
+
+  static const void* implementation(PyObject* tensor) { return *static_cast<const void* const*>(handle_of(tensor)); }
 
   void* data(PyObject* tensor) const {
     void* address = nullptr;
@@ -203,7 +207,7 @@ class StableABI {
     auto* handle = static_cast<void**>(PyCapsule_GetPointer(handles[0].ptr(), nullptr));
     if (handle == nullptr) throw py::error_already_set();
     const bool same = size_t(Py_TYPE(tensor.ptr())->tp_basicsize) >= sizeof(PyObject) + sizeof(void*) &&
-                      *static_cast<void* const*>(handle_of(tensor.ptr())) == *handle;
+                      implementation(tensor.ptr()) == *handle;
     // Gives the handle back, and with it its share of the tensor.
     torch.attr("_C").attr("_aoti").attr("alloc_tensor_by_stealing_from_void_ptr")(handles[0]);
     TensorView mine, reference;
@@ -249,6 +253,23 @@ void* data_of(PyObject* tensor) {
     return nullptr;
   }
   return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+const void* implementation_of(PyObject* tensor) {
+  return StableABI::instance() != nullptr && is_plain(tensor) ? StableABI::implementation(tensor) : nullptr;
+}
+
+void prefetch_implementation(PyObject* tensor) {
+  const char* implementation = static_cast<const char*>(implementation_of(tensor));
+  for (int line = 0; implementation != nullptr && line < kImplementationLines; ++line) prefetch(implementation + 64 * line);
+}
+
+void prefetch_storage(PyObject* tensor) {
+  // After the virtual table and the reference count: the storage and what autograd knows, in every torch so far.
+  auto* words = static_cast<const void* const*>(implementation_of(tensor));
+  if (words == nullptr) return;
+  prefetch(words[2]);
+  prefetch(words[3]);
 }
 
 const char* tensor_interface() { return StableABI::instance() != nullptr ? "stable ABI" : "DLPack"; }

@@ -52,6 +52,12 @@ bool is_negated(PyObject* tensor);
 // The address of the first element; null where there is none.
 void* data_of(PyObject* tensor);
 
+// Hints to fetch what a look at a tensor will read: the C++ object behind the Python one, then what that leads to.
+constexpr int kImplementationLines = 4;
+const void* implementation_of(PyObject* tensor);  // null where it is not known
+void prefetch_implementation(PyObject* tensor);
+void prefetch_storage(PyObject* tensor);
+
 // "stable ABI" or "DLPack": how tensors are read.
 const char* tensor_interface();
 
