@@ -87,6 +87,10 @@ if command -v compute-sanitizer >/dev/null; then
   check=(compute-sanitizer --error-exitcode 9 --tool)
   stage sanitizer-memcheck 45 "${check[@]}" memcheck "${small[@]}" --opt main
   stage sanitizer-racecheck 45 "${check[@]}" racecheck "${small[@]}" --opt adamw,adafactor
+  # Wide and narrow matrices and stacks of small ones: every way in which Adafactor's kernels cut a tensor.
+  factored=("$PYTHON" -m benchmarks step --quick --device cuda --shape 1x70x288,1x70x61,1x600x3x3 --vs none --seconds 0.001)
+  stage sanitizer-adafactor 45 "${check[@]}" memcheck "${factored[@]}" --opt adafactor
+  stage sanitizer-adafactor-race 45 "${check[@]}" racecheck "${factored[@]}" --opt adafactor
   stage sanitizer-storage 45 "${check[@]}" memcheck "${small[@]}" --opt adamw --dtype bf16 --master split8 --state int8
 else
   echo "=== sanitizer: compute-sanitizer is not here"

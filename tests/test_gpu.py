@@ -67,12 +67,52 @@ def test_same_bits_as_the_cpu(kernels: str, storage: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def matrices(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Every way in which Adafactor's kernels cut a tensor."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((0,), (8195,), (600, 3, 3), (70, 61), (9001, 1), (3, 1399), (2, 700, 1288), (300, 4096))
+    params = [torch.randn(s, generator=generator).to("cuda", dtype).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to("cuda", dtype)
+    return params
+
+
+def needs_adafactor(kernels: str) -> None:
+    if not backends._has_kernels(kernels, "adafactor"):
+        pytest.skip(f"{kernels} has no kernels for Adafactor")
+
+
 @pytest.mark.parametrize("storage", OPTIONS)
-def test_graph_replays_are_eager_steps(kernels: str, storage: str) -> None:
+def test_adafactor_repeats_to_the_bit_and_follows_the_reference(kernels: str, storage: str) -> None:
+    needs_adafactor(kernels)
+    dtype, options = OPTIONS[storage]
+    results = []
+    for backend in (kernels, kernels, "reference"):
+        optimizer = fused.Adafactor(matrices(dtype), lr=0.1, beta1=0.9, max_grad_norm=1.0, backend=backend, **options)
+        for _ in range(3):
+            optimizer.step()
+        results.append(tensors(optimizer))
+    for first, second, expected in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        if first.dtype in (torch.float32, torch.float64) and not options:
+            torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+        elif first.is_floating_point():
+            torch.testing.assert_close(first.float(), expected.float(), rtol=2**-6, atol=2e-3)
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Adafactor"])
+@pytest.mark.parametrize("storage", OPTIONS)
+def test_graph_replays_are_eager_steps(kernels: str, storage: str, rule: str) -> None:
+    if rule == "Adafactor":
+        needs_adafactor(kernels)
     dtype, options = OPTIONS[storage]
     eager, captured = (
-        fused.AdamW(
-            model("cuda", dtype), lr=torch.tensor(0.01, device="cuda"), max_grad_norm=1.0, backend=kernels, **options
+        getattr(fused, rule)(
+            matrices(dtype) if rule == "Adafactor" else model("cuda", dtype),
+            lr=torch.tensor(0.01, device="cuda"),
+            max_grad_norm=1.0,
+            backend=kernels,
+            **options,
         )
         for _ in range(2)
     )
@@ -90,9 +130,12 @@ def test_graph_replays_are_eager_steps(kernels: str, storage: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_nothing_waits_for_the_device(kernels: str) -> None:
-    params = model("cuda", torch.float32)
-    optimizer = fused.AdamW(params, lr=0.01, max_grad_norm=1.0, skip_nonfinite=True, backend=kernels)
+@pytest.mark.parametrize("rule", ["AdamW", "Adafactor"])
+def test_nothing_waits_for_the_device(kernels: str, rule: str) -> None:
+    if rule == "Adafactor":
+        needs_adafactor(kernels)
+    params = matrices(torch.float32)
+    optimizer = getattr(fused, rule)(params, lr=0.01, max_grad_norm=1.0, skip_nonfinite=True, backend=kernels)
     optimizer.step()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
