@@ -18,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from cases import IDS, VARIANTS, Case, Variant
 from cuda_on_cpu.backend import FORWARD, RANDOM, REVERSE, CudaOnCpu, device_table
 from cuda_on_cpu.build import CSRC, SANITIZED, build, compiler
 from cuda_on_cpu.defects import Defect, check_found
@@ -158,6 +160,15 @@ def both(
 def test_same_bits_as_the_cpu(served: CudaOnCpu, rule: str, storage: str) -> None:
     (make, options), (dtype, grad_dtype, more) = RULES[rule], STORAGE[storage]
     assert_same(*both(make, {**options, **more}, dtype=dtype, grad_dtype=grad_dtype))
+
+
+@pytest.mark.parametrize("case, variant", VARIANTS, ids=IDS)
+def test_float64_follows_the_references(served: CudaOnCpu, case: Case, variant: Variant) -> None:
+    params = oracle.make_params([(0,), (1,), (7,), (1023,), (8195,), ()], F64, torch.device("cpu"))
+    checked = oracle.Oracle(case, variant, case.make(params, variant), params)
+    for grad_dtype in (F64, F32, BF16):
+        oracle.set_gradients(params, (grad_dtype, F64))
+        checked.step()
 
 
 @pytest.mark.parametrize("storage", ["float32", "split8-bfloat16", "float64", "stochastic-bfloat16"])
