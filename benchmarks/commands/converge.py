@@ -123,6 +123,7 @@ def train(
         "steps": steps,
         "size": size_name,
         "corpus": corpus.source,
+        "commit": run.machine["commit"],
         "validation_loss": evaluate(model.float(), validation),
         "losses": _thin(training.losses),
     }

@@ -7,6 +7,7 @@ in training with a data loader.
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from ..goals import Goal
@@ -31,6 +32,8 @@ def measure(goal: Goal, run_: Run) -> tuple[float | None, str, str]:
     wrong = len(run_.session.wrong)
     value: float | None = None
     try:
+        if time.perf_counter() > run_.session.deadline:
+            raise NotAvailable("time limit")
         value, how = goal.measure(run_)
         verdict = "met" if goal.met(value) else "MISSED"
     except (NotAvailable, MemoryError, ImportError) as reason:
