@@ -81,6 +81,10 @@ budget=$(($(left) - 150)) # the sanitizer's share, and what a last cell may run 
 LINES_SHOWN=70 stage benchmarks $((budget + 60)) "$PYTHON" -m benchmarks all --device cuda --seconds 0.15 \
   --limit "$budget" --out "$OUT/results" "${publish[@]}"
 
+# The Triton kernels too, where the CUDA ones were measured above.
+LINES_SHOWN=30 stage benchmarks-triton 60 "$PYTHON" -m benchmarks step --quick --device cuda --backend triton \
+  --opt adamw,adafactor --seconds 0.1
+
 # Small odd shapes through every optimizer and two storage formats, under the memory checker and the race checker.
 if command -v compute-sanitizer >/dev/null; then
   small=("$PYTHON" -m benchmarks step --quick --device cuda --shape 5x1023,2x65 --vs none --seconds 0.001)

@@ -18,9 +18,10 @@ pytestmark = [
 ]
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_adafactor_interpreted.py"])
+def test_kernels_in_the_interpreter(name):
     """In a process of its own: TRITON_INTERPRET must be set before the kernels are defined."""
-    tests = Path(__file__).with_name("triton_interpreted.py")
+    tests = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(tests)]
     result = subprocess.run(command, cwd=tests.parent.parent, env=environment, capture_output=True, text=True)

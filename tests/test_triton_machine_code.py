@@ -54,10 +54,18 @@ def _selection():
         return []
     names = list(_formats())
     others = [(name, sm) for name in ("adam-float32", "adam-bfloat16-split-bfloat16") for sm in (80, 100)]
-    # known: three states beside the masked path do not quite fit, ptxas puts what is left into local memory
-    spills = pytest.mark.xfail(reason="registers spill to local memory", strict=False)
-    hopper = [pytest.param(name, 90, marks=[spills] if name == "adam_amsgrad-float32" else []) for name in names]
-    return hopper + others
+    return [(name, 90) for name in names] + others
+
+
+def _adafactor():
+    """Adafactor's kernels in float32, and in bfloat16 with remainders and a first moment."""
+    from fused.backends.triton import Formats
+
+    low = int(Format.BFLOAT16)
+    return {
+        "float32": Formats("adafactor", False, int(Format.FLOAT32), int(Format.FLOAT32), 0, ()),
+        "bfloat16-split-bfloat16": Formats("adafactor", False, low, low, int(Format.REMAINDER16), (low,)),
+    }
 
 
 def _disassembly(compiled, tmp_path):
@@ -91,16 +99,39 @@ def test_update(name, architecture, tmp_path, record_property):
             found, expected = len(re.findall(rf"{instruction}\.E\S*\.{bits}\b", sass)), _accesses(operands, bits)
             assert found >= expected, f"{found} {bits}-bit {instruction}, not {expected}"
     record_property("registers", registers)
+    _compare_registers(f"{name}-sm{architecture}", registers)
+
+
+def _compare_registers(key, registers):
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": triton.__version__, "registers": {}}
     if table["triton"] != triton.__version__:
         return  # another compiler: its counts say nothing about the kernels
-    key = f"{name}-sm{architecture}"
     if key not in table["registers"]:
         table["registers"][key] = registers
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         pytest.fail(f"{key} was not in {TABLE.name}; {registers} registers are recorded now")
     recorded = table["registers"][key]
     assert registers <= recorded, f"{key} takes {registers} registers, {recorded} before"
+
+
+@pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="this Triton carries no disassembler")
+@pytest.mark.parametrize("name", ["float32", "bfloat16-split-bfloat16"])
+@pytest.mark.parametrize(
+    ("kernel", "architecture"), [("stats", 90), ("norm", 90), ("apply", 80), ("apply", 90), ("apply", 100)]
+)
+def test_adafactor(kernel, name, architecture, tmp_path, record_property):
+    """Parts of matrices are what the main path takes: eight elements of each operand and thread."""
+    from fused.backends.triton.ahead import compile_adafactor
+
+    formats = _adafactor()[name]
+    sass, registers = _disassembly(compile_adafactor(kernel, formats, architecture), tmp_path)
+    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
+    written = [] if kernel != "apply" else [formats.param, *formats.states, *[formats.master] * bool(formats.master)]
+    for instruction, operands in (("LDG", [formats.grad, *written]), ("STG", written)):
+        found, expected = len(re.findall(rf"{instruction}\.E\S*\.128\b", sass)), _accesses(operands, 128)
+        assert found >= expected, f"{found} 128-bit {instruction}, not {expected}"
+    record_property("registers", registers)
+    _compare_registers(f"adafactor_{kernel}-{name}-sm{architecture}", registers)
 
 
 @pytest.mark.parametrize("rule", ["adam", "sgd"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from ...plan import Control
 from ...precision import FORMAT_OF_DTYPE, Format, Storage
-from ...rules import RULES, Rule
+from ...rules import Rule
 from ..table import TableBatch
-from . import kernels
+from . import adafactor, kernels
+from .launch import Launcher
 from .rules import RULES as FUNCTIONS
+from .storage import GROUP_WORDS, ROW_WORDS
 
 if TYPE_CHECKING:
     from ...optimizer import FusedOptimizer
@@ -34,11 +36,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 1024
 """Elements per program: four 128-bit accesses per thread and operand with float32."""
 NUM_WARPS = 4
-_RULE_NAMES = list(RULES)
 _HYPERS = 8
-_ALIGNMENT = 16
+ALIGNMENT = 16
 # Byte offsets within a row, after its 64-bit words: see TensorRow in csrc/table.h.
 _BYTES = 14 * 8
+_TAGS = 9
 _announced = False
 
 
@@ -56,11 +58,12 @@ class Formats:
 
 @dataclass
 class Launch:
-    """The chunks of all tensors of one combination of rule and formats."""
+    """The chunks of all tensors of one combination of rule and formats, and the kernels that take them."""
 
     formats: Formats
     rows: Tensor
     starts: Tensor
+    launchers: dict[Any, Launcher] = field(default_factory=dict, kw_only=True)
 
 
 class Batch(TableBatch):
@@ -74,8 +77,8 @@ class Batch(TableBatch):
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.generation = -1
-        self.rows = zeros(count, kernels.ROW_WORDS, dtype=torch.int64)
-        self.groups = zeros(groups, kernels.GROUP_WORDS, dtype=torch.int64)
+        self.rows = zeros(count, ROW_WORDS, dtype=torch.int64)
+        self.groups = zeros(groups, GROUP_WORDS, dtype=torch.int64)
         self.live_groups = b""
         self.table.read_on_device(*_dlpack_device(device))
         self.constants, self.factors, self.steps = zeros(count, _HYPERS), zeros(count), zeros(count)
@@ -86,9 +89,13 @@ class Batch(TableBatch):
         self.live_scalars: tuple[float, float] | None = None
         self.scratch = zeros(2, dtype=torch.float32)
         self.partials = zeros(0)
+        self.divided: Tensor | None = None
         self.launches: list[Launch] = []
         self.members_of_rule: dict[str, Tensor] = {}
+        self.prologues: dict[tuple[str, int], Launcher] = {}
         self.ahead = False
+        self.captured = False
+        self.retired: list[Any] = []
 
     # ---- tables ----
 
@@ -104,7 +111,7 @@ class Batch(TableBatch):
 
     def _to_device(self, target: Tensor, values: Tensor) -> None:
         """Copies without waiting, from a new pinned copy each time: a captured graph reads it on every replay."""
-        if target.is_cuda:
+        if target.is_cuda and values.numel():
             values = values.pin_memory()
             self.optimizer.__dict__.setdefault("_pinned", []).append(values)
             if not torch.cuda.is_current_stream_capturing():
@@ -112,27 +119,46 @@ class Batch(TableBatch):
                 self.optimizer.__dict__["_pinned"].pop()
         target.copy_(values.view(target.shape), non_blocking=True)
 
+    def _on_device(self, values: Tensor) -> Tensor:
+        target = torch.empty_like(values, device=self.device)
+        self._to_device(target, values)
+        return target
+
     def _upload_rows(self) -> None:
+        """Addresses travel whenever one has changed; how the work is divided, where something else has."""
         raw = bytearray(self.table.row_bytes())
         count = len(self.members)
-        words = torch.frombuffer(raw, dtype=torch.int64).view(count, kernels.ROW_WORDS)
-        tags = torch.frombuffer(raw, dtype=torch.uint8).view(count, kernels.ROW_WORDS * 8)[:, _BYTES:].tolist()
+        words = torch.frombuffer(raw, dtype=torch.int64).view(count, ROW_WORDS)
+        tags = torch.frombuffer(raw, dtype=torch.uint8).view(count, ROW_WORDS * 8)[:, _BYTES : _BYTES + _TAGS]
         self._to_device(self.rows, words)
-        self.row_values.zero_()  # of a row that lost its gradient nothing may stay
+        active = words[:, 1] != 0
+        flags = torch.stack((active, aligned(words)), 1).to(torch.int64)
+        divided = torch.cat((flags, words[:, 12:14], tags.to(torch.int64)), 1)
+        if self.divided is None or not torch.equal(divided, self.divided):
+            self.divided = divided
+            if self.captured:
+                self.retired.append((self.launches, self.members_of_rule, self.partials))
+            self.row_values.zero_()  # of a row that lost its gradient nothing may stay
+            self._divide(words, self._classes(active.tolist(), tags.tolist()))
+
+    def _classes(self, active: list[bool], tags: list[list[int]]) -> dict[Formats, list[int]]:
+        """The rows of each combination of rule and formats."""
         classes: dict[Formats, list[int]] = {}
-        active = (words[:, 1] != 0).tolist()
-        for index, (rule, stochastic, param, grad, master, *states) in enumerate(tags):
+        for index, (_, stochastic, param, grad, master, *states) in enumerate(tags):
             if active[index] and index in self.mine:
-                name = _RULE_NAMES[rule]
-                key = Formats(name, bool(stochastic), param, grad, master, tuple(states[: len(RULES[name].states)]))
+                rule = self.rules[self.members[index][0]]
+                key = Formats(rule.name, bool(stochastic), param, grad, master, tuple(states[: len(rule.states)]))
                 classes.setdefault(key, []).append(index)
+        return classes
+
+    def _divide(self, words: Tensor, classes: dict[Formats, list[int]]) -> None:
+        """Lists the work of every launch."""
         self.launches = [self._launch(formats, words, indices) for formats, indices in classes.items()]
         by_rule: dict[str, list[int]] = {}
         for formats, indices in classes.items():
             by_rule.setdefault(formats.rule, []).extend(indices)
         self.members_of_rule = {
-            name: torch.tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True)
-            for name, indices in by_rule.items()
+            name: self._on_device(torch.tensor(indices, dtype=torch.int64)) for name, indices in by_rule.items()
         }
         chunks = sum(launch.rows.numel() for launch in self.launches)
         self.live_rows = sum(int(words[index, 12]) > 0 for indices in classes.values() for index in indices)
@@ -146,11 +172,9 @@ class Batch(TableBatch):
         owner = torch.repeat_interleave(torch.arange(len(indices)), counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         starts = (torch.arange(int(counts.sum())) - first) * CHUNK
-        addresses = words[members][:, :7]
-        aligned = (addresses % _ALIGNMENT == 0).all(1)
-        full = aligned[owner] & (starts + CHUNK <= numel[owner])
+        full = aligned(words[members])[owner] & (starts + CHUNK <= numel[owner])
         rows = members[owner] * 2 + full
-        return Launch(formats, rows.to(self.device, non_blocking=True), starts.to(self.device, non_blocking=True))
+        return Launch(formats, self._on_device(rows), self._on_device(starts))
 
     def _upload_groups(self) -> None:
         """Hyperparameters that are numbers travel where they changed; tensors on this device are read by address."""
@@ -165,17 +189,19 @@ class Batch(TableBatch):
         """One read of the gradients; see :class:`fused.plan.Batch`."""
         if self.live_rows == 0:
             return self.total.zero_()
+        maximum = norm_type == float("inf")
         first = 0
-        for launch in self.launches:
-            chunks = launch.rows.numel()
-            if chunks:
-                self._run(
-                    kernels.reduce, chunks,
-                    self.rows, launch.rows, launch.starts, first, self.partials, self.row_values, len(self.members),
-                    self.counters, self.live_rows, self.total, MAXIMUM=norm_type == float("inf"),
-                    GRAD_FORMAT=launch.formats.grad, BLOCK=CHUNK, LANES=1024, num_warps=NUM_WARPS,
-                )  # fmt: skip
-            first += chunks
+        with self._current():
+            for launch in self.launches:
+                chunks = launch.rows.numel()
+                if chunks:
+                    self._run(
+                        launch.launchers, maximum, kernels.reduce,
+                        {"MAXIMUM": maximum, "GRAD_FORMAT": launch.formats.grad, "BLOCK": CHUNK, "LANES": 1024},
+                        chunks, self.rows, launch.rows, launch.starts, first, self.partials, self.row_values,
+                        len(self.members), self.counters, self.live_rows, self.total,
+                    )  # fmt: skip
+                first += chunks
         return self.total
 
     def compile_ahead(self) -> None:
@@ -187,7 +213,7 @@ class Batch(TableBatch):
                 continue  # the step says what is wrong with it
             classes.setdefault(_coming(self.rules[group], self.optimizer.param_groups[group], param), []).append(index)
         one = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.launches = [Launch(formats, one, one) for formats in classes]
+        self.launches = [self._launch_ahead(formats, one) for formats in classes]
         self.members_of_rule = {formats.rule: one for formats in classes}
         self.live_rows = len(self.mine)
         options = self.optimizer._options
@@ -199,21 +225,46 @@ class Batch(TableBatch):
             control.norm_total = self.reduce(control.norm_type)
         self._launch_all(control)
 
-    def _run(self, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        """Launches a kernel on this device, or only compiles it."""
-        with contextlib.nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device):
-            if self.ahead:
-                kernel.warmup(*args, grid=(programs,), **options)
-            else:
-                kernel[(programs,)](*args, **options)
+    def _launch_ahead(self, formats: Formats, one: Tensor) -> Launch:
+        return Launch(formats, one, one)
+
+    def _current(self) -> Any:
+        """Makes this device the current one, where it is not."""
+        if self.device.type == "cpu" or self.device.index == torch.cuda.current_device():
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _run(
+        self,
+        launchers: dict[Any, Launcher],
+        key: Any,
+        kernel: Any,
+        constants: dict[str, Any],
+        programs: int,
+        *args: Any,
+    ) -> None:
+        """Launches a kernel, or only compiles it; ``key`` tells those of ``launchers`` apart."""
+        launcher = launchers.get(key)
+        if launcher is None:
+            options = options_of(kernel, nvidia=self.device.type == "cuda" and torch.version.hip is None)
+            launcher = launchers[key] = Launcher(kernel, self.device, constants, options)
+        if self.ahead:
+            launcher.compile(*args)
+        else:
+            launcher(programs, *args)
 
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
-        self._launch_all(control)
+        with self._current():
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                # A graph reads these tables whenever it is replayed: they live as long as the optimizer.
+                self.captured = True
+                self.optimizer.__dict__.setdefault("_captured_tables", set()).add(self)
+            self._launch_all(control)
         self._finish()
 
     def _launch_all(self, control: Control) -> None:
-        _announce()
+        announce()
         self._upload_scalars(control)
         for name in self.members_of_rule:
             self._prologue(name, control)
@@ -227,34 +278,59 @@ class Batch(TableBatch):
             self.live_scalars = scalars
             self._to_device(self.scalars, torch.tensor(scalars, dtype=torch.float64))
 
+    def _pointers(self, control: Control) -> tuple[int, list[Tensor]]:
+        """What a step's control asks for, as bits, and the tensors it names, in the order of the kernels' arguments."""
+        named = (
+            (control.norm_total, kernels.HAS_NORM), (control.grad_scale, kernels.HAS_SCALE),
+            (control.found_inf, kernels.HAS_FOUND_INF), (control.grad_norm, kernels.HAS_GRAD_NORM),
+            (control.skipped, kernels.HAS_SKIPPED), (control.unscale, kernels.HAS_UNSCALE),
+        )  # fmt: skip
+        bits = sum(bit.value for tensor, bit in named if tensor is not None)
+        bits |= kernels.NORM_IS_MAX.value * (control.norm_type == float("inf"))
+        bits |= kernels.SKIP_NONFINITE.value * control.skip_nonfinite
+        bits |= kernels.CLIP.value * (control.max_norm is not None)
+        return bits, [self.scratch if tensor is None else tensor for tensor, _ in named]
+
     def _prologue(self, name: str, control: Control) -> None:
         members = self.members_of_rule[name]
-        unused = self.scratch
+        bits, pointers = self._pointers(control)
         self._run(
-            kernels.prologue, triton.cdiv(members.numel(), 128),
-            self.rows, members, members.numel(), self.groups, self.constants, self.factors, self.steps,
-            self.skip, *(unused if tensor is None else tensor for tensor in (
-                control.norm_total, control.grad_scale, control.found_inf, control.grad_norm, control.skipped,
-                control.unscale)),
-            self.scalars[:1], self.scalars[1:],
-            CONSTANTS=FUNCTIONS[name][0], HAS_NORM=control.norm_total is not None,
-            HAS_SCALE=control.grad_scale is not None, HAS_FOUND_INF=control.found_inf is not None,
-            HAS_GRAD_NORM=control.grad_norm is not None, HAS_SKIPPED=control.skipped is not None,
-            HAS_UNSCALE=control.unscale is not None, NORM_IS_MAX=control.norm_type == float("inf"),
-            SKIP_NONFINITE=control.skip_nonfinite, CLIP=control.max_norm is not None, BLOCK=128,
-            num_warps=NUM_WARPS, enable_fp_fusion=False,
+            self.prologues, (name, bits), kernels.prologue,
+            {"CONSTANTS": FUNCTIONS[name][0], "CONTROL": bits, "BLOCK": 128},
+            triton.cdiv(members.numel(), 128),
+            self.rows, members, members.numel(), self.groups, self.constants, self.factors, self.steps, self.skip,
+            self.scalars, *pointers,
         )  # fmt: skip
 
     def _update(self, launch: Launch, seed: int) -> None:
         formats = launch.formats
         self._run(
-            kernels.update, launch.rows.numel(),
+            launch.launchers, "update", kernels.update,
+            {
+                "RULE": FUNCTIONS[formats.rule][1], "STATES": len(formats.states), "PARAM_FORMAT": formats.param,
+                "GRAD_FORMAT": formats.grad, "MASTER_FORMAT": formats.master, "STATE_FORMATS": formats.states,
+                "STOCHASTIC": formats.stochastic, "BLOCK": CHUNK,
+            },
+            launch.rows.numel(),
             self.rows, launch.rows, launch.starts, self.constants, self.factors, self.steps, self.skip,
-            seed if seed < 1 << 63 else seed - (1 << 64),
-            RULE=FUNCTIONS[formats.rule][1], STATES=len(formats.states), PARAM_FORMAT=formats.param,
-            GRAD_FORMAT=formats.grad, MASTER_FORMAT=formats.master, STATE_FORMATS=formats.states,
-            STOCHASTIC=formats.stochastic, BLOCK=CHUNK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            signed_seed(seed),
         )  # fmt: skip
+
+
+def options_of(kernel: Any, nvidia: bool) -> dict[str, Any]:
+    """What a kernel is compiled with. A few registers more than ptxas aims at spare `stats` local memory."""
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return {**options, "maxnreg": 152} if nvidia and kernel is adafactor.stats else options
+
+
+def signed_seed(seed: int) -> int:
+    """The bits of a 64-bit seed as the signed number that kernels take."""
+    return seed if seed < 1 << 63 else seed - (1 << 64)
+
+
+def aligned(words: Tensor) -> Tensor:
+    """Of rows as words: whether parameter, gradient, master and states lie on multiples of 16 bytes."""
+    return (words[:, :7] % ALIGNMENT == 0).all(1)
 
 
 _MASTER = {None: Format.NONE, "fp32": Format.FLOAT32, "split": Format.REMAINDER16, "split8": Format.REMAINDER8}
@@ -285,7 +361,8 @@ def _dlpack_device(device: torch.device) -> tuple[int, int]:
     return 2 if torch.version.hip is None else 10, index
 
 
-def _announce() -> None:
+def announce() -> None:
+    """Says once that compilation is under way."""
     global _announced
     if not _announced and not INTERPRETED:
         _announced = True

@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _lerp(start, end, weight):
+def lerp(start, end, weight):
     """start + weight * (end - start), exact at both ends, as torch.lerp computes it."""
     low = weight < 0.5
     return tl.math.fma(tl.where(low, weight, weight - 1.0), end - start, tl.where(low, start, end))
@@ -30,24 +30,24 @@ def _add_l2(g, p, l2):
 
 
 @triton.jit
-def _sqrt(x):
+def sqrt(x):
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
-def _div(x, y):
+def div(x, y):
     return x / y if x.dtype == tl.float64 else tl.math.div_rn(x, y)
 
 
 @triton.jit
-def _power(base, exponent):
+def power(base, exponent):
     return tl.exp2(exponent * tl.log2(base))
 
 
 @triton.jit
 def adam_constants(lr, beta1, beta2, eps, weight_decay, decoupled, h6, h7, step):
-    correction1 = 1.0 - _power(beta1, step)
-    correction2 = 1.0 - _power(beta2, step)
+    correction1 = 1.0 - power(beta1, step)
+    correction2 = 1.0 - power(beta2, step)
     decay = tl.where(decoupled != 0.0, 1.0 - lr * weight_decay, 1.0)
     l2 = tl.where(decoupled != 0.0, 0.0, weight_decay)
     return decay, l2, 1.0 - beta1, beta2, 1.0 - beta2, tl.sqrt(correction2), eps, -(lr / correction1)
@@ -58,15 +58,15 @@ def _adam_step(p, g, s, c, AMSGRAD: tl.constexpr):
     decay, l2, weight1, beta2, weight2, correction2_sqrt, eps, neg_step_size = c
     g = _add_l2(g, p, l2)
     p = p * decay
-    exp_avg = _lerp(s[0], g, weight1)
+    exp_avg = lerp(s[0], g, weight1)
     exp_avg_sq = tl.math.fma(weight2 * g, g, beta2 * s[1])
     second = exp_avg_sq
     states = (exp_avg, exp_avg_sq)
     if AMSGRAD:
         second = tl.where((s[2] > exp_avg_sq) | (s[2] != s[2]), s[2], exp_avg_sq)
         states = (exp_avg, exp_avg_sq, second)
-    denominator = _div(_sqrt(second), correction2_sqrt) + eps
-    return p + _div(neg_step_size * exp_avg, denominator), states
+    step = neg_step_size * exp_avg  # ahead of the square root: one value less that stays over it
+    return p + div(step, div(sqrt(second), correction2_sqrt) + eps), states
 
 
 @triton.jit
@@ -131,17 +131,17 @@ def _rmsprop_step(p, g, s, c, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr):
     states = (square_avg,)
     average = square_avg
     if CENTERED:
-        grad_avg = _lerp(s[1], g, weight)
+        grad_avg = lerp(s[1], g, weight)
         average = tl.math.fma(-grad_avg, grad_avg, average)
         states = states + (grad_avg,)
     step = neg_lr * g  # ahead of the square root: one value less that stays over it
-    average = _sqrt(average) + eps
+    average = sqrt(average) + eps
     if MOMENTUM:
-        buffer = momentum * s[1 + CENTERED] + _div(g, average)
+        buffer = momentum * s[1 + CENTERED] + div(g, average)
         states = states + (buffer,)
         p = tl.math.fma(neg_lr, buffer, p)
     else:
-        p = p + _div(step, average)
+        p = p + div(step, average)
     return p, states
 
 
@@ -176,7 +176,7 @@ def adagrad(p, g, s, c):
     l2, eps, neg_lr, _, _, _, _, _ = c
     g = _add_l2(g, p, l2)
     total = tl.math.fma(g, g, s[0])
-    return p + _div(neg_lr * g, _sqrt(total) + eps), (total,)
+    return p + div(neg_lr * g, sqrt(total) + eps), (total,)
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def adadelta(p, g, s, c):
     l2, rho, weight, eps, neg_lr, _, _, _ = c
     g = _add_l2(g, p, l2)
     square_avg = tl.math.fma(weight * g, g, rho * s[0])
-    delta = _div(_sqrt(s[1] + eps), _sqrt(square_avg + eps)) * g
+    delta = div(sqrt(s[1] + eps), sqrt(square_avg + eps)) * g
     acc_delta = tl.math.fma(weight * delta, delta, rho * s[1])
     return tl.math.fma(neg_lr, delta, p), (square_avg, acc_delta)
 
