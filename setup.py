@@ -46,9 +46,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 KERNELS = Path("csrc/cpu/kernels.cpp")
 X86_ISAS = {
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ],
 }

@@ -46,10 +46,16 @@ FUSED_HD T sign(T x) {
   return x > T(0) ? T(1) : (x < T(0) ? T(-1) : x);
 }
 
+// `value` is the same for all elements.
+template <class T>
+FUSED_HD T if_nonzero(T value, T a, T b) {
+  return value != T(0) ? a : b;
+}
+
 // L2 penalty added to the gradient. Skipped at zero, so that an infinite parameter does not turn the gradient into NaN.
 template <class T>
 FUSED_HD T add_l2(T g, T p, T l2) {
-  return l2 != T(0) ? fma_(l2, p, g) : g;
+  return if_nonzero(l2, fma_(l2, p, g), g);
 }
 
 // Adam (arXiv:1412.6980) and AdamW (arXiv:1711.05101); states exp_avg, exp_avg_sq[, max_exp_avg_sq].
@@ -143,7 +149,7 @@ struct SGD {
     g = add_l2(g, p, c.l2);
     if constexpr (MOMENTUM) {
       s[0] = fma_(c.weight, g, c.momentum * s[0]);
-      g = c.nesterov != T(0) ? fma_(c.momentum, s[0], g) : s[0];
+      g = if_nonzero(c.nesterov, fma_(c.momentum, s[0], g), s[0]);
     }
     p = fma_(c.neg_lr, g, p);
   }

@@ -99,3 +99,82 @@ def test_stochastic_rounding_does_not_depend_on_threads_or_backend(threads: None
         results.append(p.detach().clone())
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert not torch.equal(results[0], (-0.37 * g.float()).bfloat16())
+
+
+# ---- the instruction sets, and kernels that keep everything in registers beside those that go through buffers ----
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit (-0.0 is not 0.0), where NaN is NaN whatever its payload."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    return bool(((a.view(integer) == b.view(integer)) | nan).all())
+
+
+def storages() -> list[tuple[torch.dtype, str | None, torch.dtype, bool]]:
+    """Parameter, master, state, stochastic."""
+    halves = (torch.bfloat16, torch.float16)
+    masters = (None, "split", "split8", "fp32")
+    states = (torch.float32, *halves)
+    every_kind = [(p, m, s, r) for p in halves for m in masters for s in states for r in (False, True)]
+    return every_kind + [(torch.float32, None, s, r) for s in halves for r in (False, True)]
+
+
+def every_pattern(rate: float, storage: tuple[torch.dtype, str | None, torch.dtype, bool], n: int) -> list[Tensor]:
+    """Parameters, remainders and momentum of all patterns after a step; `n` says how they are cut into tensors."""
+    dtype, master, state_dtype, stochastic = storage
+    generator = torch.Generator().manual_seed(1)
+    narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+    values = every(narrow).to(dtype)
+    gradients = every(narrow)[torch.randperm(2**16, generator=generator)].to(dtype)
+    noise = torch.randint(-(2**31), 2**31, (2**16,), dtype=torch.int64, generator=generator).to(torch.int32)
+    params = [torch.nn.Parameter(piece.clone()) for piece in values.split(n)]
+    optimizer = fused.SGD(
+        params, rate, momentum=0.5, master_weights=master, state_dtype=state_dtype, stochastic_rounding=stochastic,
+        seed=5, backend="cpu",
+    )  # fmt: skip
+    for p, g in zip(params, gradients.split(n), strict=True):
+        p.grad = torch.zeros_like(g)
+    optimizer.step()
+    start = 0
+    for p, g in zip(params, gradients.split(n), strict=True):
+        p.data.copy_(values[start : start + len(p)])
+        p.grad = g.clone()
+        for name, item in optimizer.state[p].items():
+            if name != "step" and item.numel() == len(p):
+                bits = noise[start : start + len(p)]
+                wide = item.element_size()
+                item.copy_(bits.view(torch.float32) if wide == 4 else bits.to(torch.int16).view(item.dtype)) if (
+                    wide > 1
+                ) else item.copy_(bits.to(torch.int8).view(item.dtype))
+        start += len(p)
+    optimizer.step()
+    kept: dict[str, list[Tensor]] = {}
+    for p in params:
+        for name, item in [("param", p.detach()), *optimizer.state[p].items()]:
+            if name != "step":
+                kept.setdefault(name, []).append(item)
+    return [torch.cat(items) for items in kept.values()]
+
+
+@pytest.mark.parametrize("storage", storages(), ids=lambda s: "-".join(str(x).removeprefix("torch.") for x in s))
+@pytest.mark.parametrize("rate", [0.0, 0.37])
+def test_every_pattern_is_converted_alike_by_all_instruction_sets(
+    rate: float, storage: tuple[torch.dtype, str | None, torch.dtype, bool], isas: list[str]
+) -> None:
+    results = {}
+    for isa in isas:
+        fused.backends.extension.select_isa(isa)
+        results[isa] = every_pattern(rate, storage, 2**16)
+    for isa, result in results.items():
+        for a, b in zip(result, results[isas[0]], strict=True):
+            assert same_bits(a, b), isa
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("master", [None, "split", "split8"])
+def test_what_is_left_over_is_converted_as_whole_vectors_are(dtype: torch.dtype, master: str | None) -> None:
+    if fused.backends.extension is None:
+        pytest.skip("the compiled extension is not there")
+    whole, pieces = (every_pattern(0.37, (dtype, master, dtype, False), n) for n in (2**16, 269))
+    assert all(same_bits(a, b) for a, b in zip(whole, pieces, strict=True))

@@ -13,6 +13,7 @@
 #include "../rules.h"
 #include "adafactor_kernels.h"
 #include "gradients.h"
+#include "registers.h"
 #include "storage.h"
 
 namespace fused {
@@ -65,6 +66,8 @@ typename Rule::template Constants<T> constants_for(const GroupRow& group, const 
 template <class Rule>
 void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
   const auto constants = constants_for<Rule, float>(group, context);
+  begin = update_registers<Rule>(row, constants, group.grad_sign, begin, end, context);
+  if (begin == end) return;
   const float factor = float(context.grad_factor * group.grad_sign);
   Buffers<float> buffer;
   bool in_place = row.param_format == kFloat32 && row.grad_format == kFloat32;

@@ -1,0 +1,225 @@
+// Eight float32 lanes and the conversions of stored formats to and from them, where the processor has AVX2 and F16C.
+//
+// The rules of rules.h are templates, and Lanes is a type they can be instantiated with: what they ask of a number is an
+// operator or one of the functions below. Every operation is correctly rounded, so results are those of the scalar text.
+// The conversions give the bits of formats.h but for the payload of float16's NaN, which comes out quiet. A compiler's own
+// vector code for them takes about twice as long: it shuffles across lanes and shifts where a blend would do.
+#pragma once
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define FUSED_LANES 1
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../formats.h"
+
+namespace fused {
+namespace FUSED_ISA {
+namespace {
+
+// ---- a number to the rules ----
+
+struct Lanes {
+  __m256 x;
+
+  Lanes() = default;
+  FUSED_HD Lanes(__m256 value) : x(value) {}
+  FUSED_HD explicit Lanes(double value) : x(_mm256_set1_ps(float(value))) {}
+
+  FUSED_HD __m256i bits() const { return _mm256_castps_si256(x); }
+  FUSED_HD Lanes& operator*=(Lanes b);
+  FUSED_HD Lanes& operator+=(Lanes b);
+};
+
+FUSED_HD Lanes lanes_of(__m256i bits) { return _mm256_castsi256_ps(bits); }
+FUSED_HD Lanes operator+(Lanes a, Lanes b) { return _mm256_add_ps(a.x, b.x); }
+FUSED_HD Lanes operator-(Lanes a, Lanes b) { return _mm256_sub_ps(a.x, b.x); }
+FUSED_HD Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.x, b.x); }
+FUSED_HD Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.x, b.x); }
+FUSED_HD Lanes operator-(Lanes a) { return _mm256_xor_ps(a.x, _mm256_set1_ps(-0.0f)); }
+FUSED_HD Lanes& Lanes::operator*=(Lanes b) { return *this = *this * b; }
+FUSED_HD Lanes& Lanes::operator+=(Lanes b) { return *this = *this + b; }
+
+FUSED_HD Lanes choose(__m256 condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.x, a.x, condition); }
+FUSED_HD __m256 is_nan(Lanes a) { return _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q); }
+
+FUSED_HD Lanes fma_(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+FUSED_HD Lanes sqrt_(Lanes a) { return _mm256_sqrt_ps(a.x); }
+
+FUSED_HD Lanes if_nonzero(Lanes value, Lanes a, Lanes b) {
+  return choose(_mm256_cmp_ps(value.x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a, b);
+}
+
+FUSED_HD Lanes lerp(Lanes start, Lanes end, Lanes weight) {
+  const __m256 low = _mm256_cmp_ps(weight.x, _mm256_set1_ps(0.5f), _CMP_LT_OQ);
+  return fma_(choose(low, weight, weight - Lanes(1.0)), end - start, choose(low, start, end));
+}
+
+FUSED_HD Lanes max_nan(Lanes a, Lanes b) {
+  return choose(_mm256_or_ps(_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ), is_nan(a)), a, b);
+}
+
+FUSED_HD Lanes sign(Lanes a) {
+  const Lanes not_above = choose(_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_LT_OQ), Lanes(-1.0), a);
+  return choose(_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_GT_OQ), Lanes(1.0), not_above);
+}
+
+// ---- sixteen elements at a time ----
+
+constexpr int64_t kPair = 16;
+
+// In order: a has the first eight elements. By parity: a has the even elements, b the odd ones, as 16-bit formats lie in
+// 32-bit words, and no shuffle is needed.
+struct Pair {
+  Lanes a, b;
+};
+
+FUSED_HD __m256i load16(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+FUSED_HD void store16(void* at, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(at), value); }
+
+// Two times eight 32-bit values that fit in 16 bits, in order.
+FUSED_HD __m256i pack_unsigned(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
+FUSED_HD __m256i pack_signed(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
+
+// The high halves of words by parity, and of 32-bit words the low halves.
+FUSED_HD __m256i high_halves(__m256i even, __m256i odd) { return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa); }
+FUSED_HD __m256i low_halves(__m256i even, __m256i odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
+
+FUSED_HD __m256i canonical_nan(Lanes a) { return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), a).bits(); }
+
+// ---- float32 ----
+
+FUSED_HD Pair load_float_in_order(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+
+FUSED_HD void store_float_in_order(float* at, Pair v) {
+  _mm256_storeu_ps(at, v.a.x);
+  _mm256_storeu_ps(at + 8, v.b.x);
+}
+
+FUSED_HD Pair load_float_by_parity(const float* at) {
+  const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 8), 1);
+  const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at + 4)), _mm_loadu_ps(at + 12), 1);
+  return {_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)};
+}
+
+FUSED_HD void store_float_by_parity(float* at, Pair v) {
+  const __m256 a = _mm256_unpacklo_ps(v.a.x, v.b.x), b = _mm256_unpackhi_ps(v.a.x, v.b.x);
+  _mm_storeu_ps(at, _mm256_castps256_ps128(a));
+  _mm_storeu_ps(at + 4, _mm256_castps256_ps128(b));
+  _mm_storeu_ps(at + 8, _mm256_extractf128_ps(a, 1));
+  _mm_storeu_ps(at + 12, _mm256_extractf128_ps(b, 1));
+}
+
+// ---- bfloat16 ----
+
+FUSED_HD Pair load_bf16_by_parity(const uint16_t* at) {
+  const __m256i words = load16(at);
+  return {lanes_of(_mm256_slli_epi32(words, 16)), lanes_of(_mm256_blend_epi16(words, _mm256_setzero_si256(), 0x55))};
+}
+
+FUSED_HD Pair load_bf16_in_order(const uint16_t* at) {
+  const __m256i zero = _mm256_setzero_si256(), words = _mm256_permute4x64_epi64(load16(at), 0xd8);
+  return {lanes_of(_mm256_unpacklo_epi16(zero, words)), lanes_of(_mm256_unpackhi_epi16(zero, words))};
+}
+
+// To nearest even in the high half. What an even result needs less than an odd one comes from a comparison.
+FUSED_HD __m256i round_bf16(Lanes a) {
+  const __m256i u = a.bits();
+  const __m256i even = _mm256_cmpeq_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x10000)), _mm256_setzero_si256());
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x8000)), even);
+  return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), lanes_of(rounded)).bits();
+}
+
+FUSED_HD __m256i round_bf16_stochastic(Lanes a, __m256i random) {
+  const __m256i u = canonical_nan(a);
+  const __m256i infinity = _mm256_set1_epi32(int32_t(kInfinity));
+  const __m256i finite = _mm256_cmpgt_epi32(infinity, _mm256_and_si256(u, _mm256_set1_epi32(int32_t(kMagnitude))));
+  return _mm256_add_epi32(u, _mm256_and_si256(finite, _mm256_srli_epi32(random, 16)));
+}
+
+FUSED_HD void store_bf16_by_parity(uint16_t* at, Pair v) { store16(at, high_halves(round_bf16(v.a), round_bf16(v.b))); }
+
+FUSED_HD void store_high_halves_in_order(uint16_t* at, __m256i a, __m256i b) {
+  store16(at, pack_unsigned(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)));
+}
+
+// ---- bfloat16 with a remainder of 16 bits (join16_bf16, split16_bf16) ----
+
+FUSED_HD Pair join_bf16_by_parity(const uint16_t* param, const int16_t* low) {
+  const __m256i p = load16(param), l = load16(low);
+  const __m256i borrow = _mm256_srai_epi16(l, 15);
+  const __m256i zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(p, 1), _mm256_setzero_si256());
+  const __m256i high = _mm256_add_epi16(p, _mm256_andnot_si256(zero, borrow));
+  const __m256i rest = _mm256_andnot_si256(_mm256_and_si256(zero, borrow), l);
+  return {lanes_of(_mm256_blend_epi16(_mm256_slli_epi32(high, 16), rest, 0x55)),
+          lanes_of(_mm256_blend_epi16(high, _mm256_srli_epi32(rest, 16), 0x55))};
+}
+
+FUSED_HD void split_bf16_by_parity(uint16_t* param, int16_t* low, Pair v) {
+  const __m256i a = canonical_nan(v.a), b = canonical_nan(v.b), half = _mm256_set1_epi32(0x8000);
+  store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
+  store16(low, low_halves(a, b));
+}
+
+// ---- float16 ----
+
+FUSED_HD Lanes float_of_fp16(__m128i halves) { return _mm256_cvtph_ps(halves); }
+
+FUSED_HD Pair load_fp16_in_order(const uint16_t* at) {
+  const __m128i* from = reinterpret_cast<const __m128i*>(at);
+  return {float_of_fp16(_mm_loadu_si128(from)), float_of_fp16(_mm_loadu_si128(from + 1))};
+}
+
+// To nearest even; of a NaN only the quiet bit and the sign are kept.
+FUSED_HD __m256i round_fp16_in_order(Pair v) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m256i h = _mm256_set_m128i(_mm256_cvtps_ph(v.b.x, kNearest), _mm256_cvtps_ph(v.a.x, kNearest));
+  const __m256i magnitude = _mm256_and_si256(h, _mm256_set1_epi16(0x7fff));
+  const __m256i nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7c00));
+  return _mm256_andnot_si256(_mm256_srli_epi16(nan, 7), h);
+}
+
+// ---- float16 with a remainder of 16 bits (join16_fp16, split16_fp16) ----
+
+FUSED_HD __m256i magnitude_of(__m256i bits) { return _mm256_and_si256(bits, _mm256_set1_epi32(int32_t(kMagnitude))); }
+
+FUSED_HD Lanes join_fp16(__m128i half, __m128i remainder) {
+  const __m256i h = float_of_fp16(half).bits(), a = magnitude_of(h), sign = _mm256_xor_si256(h, a);
+  const __m256i distance = _mm256_cvtepi16_epi32(remainder);
+  const __m256i denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), a);
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), a);
+  const Lanes fixed = lanes_of(_mm256_and_si256(a, denormal)) + Lanes(_mm256_cvtepi32_ps(distance)) * Lanes(0x1p-39);
+  const __m256i normal = _mm256_add_epi32(a, _mm256_and_si256(distance, finite));
+  return lanes_of(_mm256_xor_si256(sign, _mm256_blendv_epi8(normal, fixed.bits(), denormal)));
+}
+
+FUSED_HD __m256i distance_fp16(Lanes master, __m128i half) {
+  const __m256i h = magnitude_of(float_of_fp16(half).bits()), m = magnitude_of(master.bits());
+  const __m256i denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), h);
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), h);
+  const Lanes difference = lanes_of(_mm256_and_si256((lanes_of(m) - lanes_of(h)).bits(), denormal)) * Lanes(0x1p39);
+  const Lanes half_unit = choose(_mm256_cmp_ps(difference.x, _mm256_setzero_ps(), _CMP_LT_OQ), Lanes(-0.5), Lanes(0.5));
+  const __m256i fixed = _mm256_cvttps_epi32((difference + half_unit).x);
+  return _mm256_and_si256(finite, _mm256_blendv_epi8(_mm256_sub_epi32(m, h), fixed, denormal));
+}
+
+FUSED_HD Pair join_fp16_in_order(const uint16_t* param, const int16_t* low) {
+  const __m256i p = load16(param), l = load16(low);
+  return {join_fp16(_mm256_castsi256_si128(p), _mm256_castsi256_si128(l)),
+          join_fp16(_mm256_extracti128_si256(p, 1), _mm256_extracti128_si256(l, 1))};
+}
+
+FUSED_HD void split_fp16_in_order(uint16_t* param, int16_t* low, Pair v) {
+  const __m256i p = round_fp16_in_order(v);
+  const __m256i a = distance_fp16(v.a, _mm256_castsi256_si128(p)), b = distance_fp16(v.b, _mm256_extracti128_si256(p, 1));
+  store16(param, p);
+  store16(low, pack_signed(a, b));  // saturates
+}
+
+}  // namespace
+}  // namespace FUSED_ISA
+}  // namespace fused
+
+#endif
