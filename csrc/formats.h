@@ -203,10 +203,11 @@ struct Random4 {
 };
 
 constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 
 FUSED_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-  const uint64_t m0 = uint64_t(0xD2511F53u) * c0;
-  const uint64_t m1 = uint64_t(0xCD9E8D57u) * c2;
+  const uint64_t m0 = uint64_t(kPhiloxMultiplier0) * c0;
+  const uint64_t m1 = uint64_t(kPhiloxMultiplier1) * c2;
   c0 = uint32_t(m1 >> 32) ^ c1 ^ k0;
   c1 = uint32_t(m1);
   c2 = uint32_t(m0 >> 32) ^ c3 ^ k1;

@@ -19,20 +19,35 @@ namespace {
 
 constexpr int kLanes = 16;
 
-template <class T>
-double sum_squares(const T* __restrict x, int64_t n) {
-  double lane[kLanes] = {};
-  const int64_t full = n - n % kLanes;
-  for (int64_t i = 0; i < full; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += double(x[i + l]) * double(x[i + l]);
-  if (full < n) {
-    T rest[kLanes] = {};
-    std::copy(x + full, x + n, rest);
-    for (int l = 0; l < kLanes; ++l) lane[l] += double(rest[l]) * double(rest[l]);
-  }
+double sum_of(double (&lane)[kLanes]) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
   return lane[0];
+}
+
+// What comes before `x`, a multiple of kLanes, is in the sums.
+template <class T>
+void add_squares(const T* __restrict x, int64_t n, double (&lane)[kLanes]) {
+  const int64_t full = n - n % kLanes;
+  for (int64_t i = 0; i < full; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lane[l] += double(x[i + l]) * double(x[i + l]);
+  for (int64_t i = full; i < n; ++i) lane[i - full] += double(x[i]) * double(x[i]);
+}
+
+template <class T>
+double sum_squares(const T* x, int64_t n) {
+  double lane[kLanes] = {};
+  add_squares(x, n, lane);
+  return sum_of(lane);
+}
+
+// A block of 16-bit numbers.
+double sum_squares(uint8_t format, const uint16_t* x, int64_t n) {
+  double lane[kLanes] = {};
+  const int64_t done = sum_squares_lanes(format, x, n, lane);
+  alignas(64) float buffer[kBlock];
+  add_squares(load(format, x, done, n - done, buffer), n - done, lane);
+  return sum_of(lane);
 }
 
 FUSED_HD int32_t magnitude_bits(float x) { return int32_t(bits_of(x) & kMagnitude); }
@@ -96,11 +111,8 @@ Reduction reduce(const TensorRow& row, int64_t begin, int64_t end, bool maximum)
     }
     return {total, nonfinite};
   } else {
-    alignas(64) float buffer[kBlock];
-    for (int64_t b = begin; b < end; b += kBlock) {
-      const int64_t count = std::min(kBlock, end - b);
-      total += sum_squares(load(row.grad_format, row.grad, b, count, buffer), count);
-    }
+    const uint16_t* x = static_cast<const uint16_t*>(row.grad);
+    for (int64_t b = begin; b < end; b += kBlock) total += sum_squares(row.grad_format, x + b, std::min(kBlock, end - b));
   }
   return {total, magnitude_bits(total) >= kInfinity64};
 }
@@ -119,6 +131,14 @@ auto transform(T* x, int64_t n, F f) {
   return largest;
 }
 
+// `f` on floats, and `one` on stored elements.
+template <class F, class One>
+int16_t transform_half(uint8_t format, uint16_t* x, int64_t n, F f, One one) {
+  int16_t largest = 0;
+  const int64_t done = transform_lanes(format, x, n, f, largest);
+  return std::max(largest, transform(x + done, n - done, one));
+}
+
 // Applies `f` (on float, or double for float64) to the stored gradients; true where one of the old values was not finite.
 template <class F>
 bool transform_gradients(const TensorRow& row, int64_t begin, int64_t end, F f) {
@@ -128,11 +148,11 @@ bool transform_gradients(const TensorRow& row, int64_t begin, int64_t end, F f) 
     case kFloat64:
       return transform(static_cast<double*>(base) + begin, n, [=](double x) { return f(x); }) >= kInfinity64;
     case kBFloat16:
-      return transform(static_cast<uint16_t*>(base) + begin, n,
-                       [=](uint16_t x) { return float_to_bf16(f(bf16_to_float(x))); }) >= kInfinityBf16;
+      return transform_half(kBFloat16, static_cast<uint16_t*>(base) + begin, n, f,
+                            [=](uint16_t x) { return float_to_bf16(f(bf16_to_float(x))); }) >= kInfinityBf16;
     case kFloat16:
-      return transform(static_cast<uint16_t*>(base) + begin, n,
-                       [=](uint16_t x) { return float_to_fp16(f(fp16_to_float(x))); }) >= kInfinityFp16;
+      return transform_half(kFloat16, static_cast<uint16_t*>(base) + begin, n, f,
+                            [=](uint16_t x) { return float_to_fp16(f(fp16_to_float(x))); }) >= kInfinityFp16;
     default:
       return transform(static_cast<float*>(base) + begin, n, [=](float x) { return f(x); }) >= int32_t(kInfinity);
   }
@@ -143,12 +163,14 @@ bool scale(const TensorRow& row, int64_t begin, int64_t end, double factor) {
 }
 
 // NaN stays.
+template <class T>
+FUSED_HD T clamp_nan(T x, T limit) {
+  const T raised = x < -limit ? -limit : x;
+  return raised > limit ? limit : raised;
+}
+
 void clamp(const TensorRow& row, int64_t begin, int64_t end, double limit) {
-  transform_gradients(row, begin, end, [=](auto x) {
-    const auto high = decltype(x)(limit), low = -high;
-    const auto raised = x < low ? low : x;
-    return raised > high ? high : raised;
-  });
+  transform_gradients(row, begin, end, [=](auto x) { return clamp_nan(x, decltype(x)(limit)); });
 }
 
 // ---- accumulation ----

@@ -21,6 +21,7 @@ namespace {
 
 // ---- a number to the rules ----
 
+// What rules call by name is a friend, found for arguments of this type alone: beside the scalar functions it would hide them.
 struct Lanes {
   __m256 x;
 
@@ -29,42 +30,44 @@ struct Lanes {
   FUSED_HD explicit Lanes(double value) : x(_mm256_set1_ps(float(value))) {}
 
   FUSED_HD __m256i bits() const { return _mm256_castps_si256(x); }
-  FUSED_HD Lanes& operator*=(Lanes b);
-  FUSED_HD Lanes& operator+=(Lanes b);
+
+  friend FUSED_HD Lanes operator+(Lanes a, Lanes b) { return _mm256_add_ps(a.x, b.x); }
+  friend FUSED_HD Lanes operator-(Lanes a, Lanes b) { return _mm256_sub_ps(a.x, b.x); }
+  friend FUSED_HD Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.x, b.x); }
+  friend FUSED_HD Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.x, b.x); }
+  friend FUSED_HD Lanes operator-(Lanes a) { return _mm256_xor_ps(a.x, _mm256_set1_ps(-0.0f)); }
+  FUSED_HD Lanes& operator*=(Lanes b) { return *this = *this * b; }
+  FUSED_HD Lanes& operator+=(Lanes b) { return *this = *this + b; }
+
+  friend FUSED_HD Lanes choose(__m256 condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.x, a.x, condition); }
+  friend FUSED_HD __m256 below(Lanes a, Lanes b) { return _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ); }
+  friend FUSED_HD __m256 is_nan(Lanes a) { return _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q); }
+
+  friend FUSED_HD Lanes fma_(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+  friend FUSED_HD Lanes sqrt_(Lanes a) { return _mm256_sqrt_ps(a.x); }
+
+  friend FUSED_HD Lanes if_nonzero(Lanes value, Lanes a, Lanes b) {
+    return choose(_mm256_cmp_ps(value.x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a, b);
+  }
+
+  friend FUSED_HD Lanes lerp(Lanes start, Lanes end, Lanes weight) {
+    const __m256 low = below(weight, Lanes(0.5));
+    return fma_(choose(low, weight, weight - Lanes(1.0)), end - start, choose(low, start, end));
+  }
+
+  friend FUSED_HD Lanes max_nan(Lanes a, Lanes b) { return choose(_mm256_or_ps(below(b, a), is_nan(a)), a, b); }
+
+  friend FUSED_HD Lanes clamp_nan(Lanes a, Lanes limit) {
+    const Lanes raised = choose(below(a, -limit), -limit, a);
+    return choose(below(limit, raised), limit, raised);
+  }
+
+  friend FUSED_HD Lanes sign(Lanes a) {
+    return choose(below(Lanes(0.0), a), Lanes(1.0), choose(below(a, Lanes(0.0)), Lanes(-1.0), a));
+  }
 };
 
 FUSED_HD Lanes lanes_of(__m256i bits) { return _mm256_castsi256_ps(bits); }
-FUSED_HD Lanes operator+(Lanes a, Lanes b) { return _mm256_add_ps(a.x, b.x); }
-FUSED_HD Lanes operator-(Lanes a, Lanes b) { return _mm256_sub_ps(a.x, b.x); }
-FUSED_HD Lanes operator*(Lanes a, Lanes b) { return _mm256_mul_ps(a.x, b.x); }
-FUSED_HD Lanes operator/(Lanes a, Lanes b) { return _mm256_div_ps(a.x, b.x); }
-FUSED_HD Lanes operator-(Lanes a) { return _mm256_xor_ps(a.x, _mm256_set1_ps(-0.0f)); }
-FUSED_HD Lanes& Lanes::operator*=(Lanes b) { return *this = *this * b; }
-FUSED_HD Lanes& Lanes::operator+=(Lanes b) { return *this = *this + b; }
-
-FUSED_HD Lanes choose(__m256 condition, Lanes a, Lanes b) { return _mm256_blendv_ps(b.x, a.x, condition); }
-FUSED_HD __m256 is_nan(Lanes a) { return _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q); }
-
-FUSED_HD Lanes fma_(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
-FUSED_HD Lanes sqrt_(Lanes a) { return _mm256_sqrt_ps(a.x); }
-
-FUSED_HD Lanes if_nonzero(Lanes value, Lanes a, Lanes b) {
-  return choose(_mm256_cmp_ps(value.x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a, b);
-}
-
-FUSED_HD Lanes lerp(Lanes start, Lanes end, Lanes weight) {
-  const __m256 low = _mm256_cmp_ps(weight.x, _mm256_set1_ps(0.5f), _CMP_LT_OQ);
-  return fma_(choose(low, weight, weight - Lanes(1.0)), end - start, choose(low, start, end));
-}
-
-FUSED_HD Lanes max_nan(Lanes a, Lanes b) {
-  return choose(_mm256_or_ps(_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ), is_nan(a)), a, b);
-}
-
-FUSED_HD Lanes sign(Lanes a) {
-  const Lanes not_above = choose(_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_LT_OQ), Lanes(-1.0), a);
-  return choose(_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_GT_OQ), Lanes(1.0), not_above);
-}
 
 // ---- sixteen elements at a time ----
 
@@ -87,7 +90,8 @@ FUSED_HD __m256i pack_signed(__m256i a, __m256i b) { return _mm256_permute4x64_e
 FUSED_HD __m256i high_halves(__m256i even, __m256i odd) { return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa); }
 FUSED_HD __m256i low_halves(__m256i even, __m256i odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
 
-FUSED_HD __m256i canonical_nan(Lanes a) { return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), a).bits(); }
+FUSED_HD __m256i magnitude_of(__m256i bits) { return _mm256_and_si256(bits, _mm256_set1_epi32(int32_t(kMagnitude))); }
+FUSED_HD __m256i canonical_bits(Lanes a) { return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), a).bits(); }
 
 // ---- float32 ----
 
@@ -133,9 +137,9 @@ FUSED_HD __m256i round_bf16(Lanes a) {
 }
 
 FUSED_HD __m256i round_bf16_stochastic(Lanes a, __m256i random) {
-  const __m256i u = canonical_nan(a);
+  const __m256i u = canonical_bits(a);
   const __m256i infinity = _mm256_set1_epi32(int32_t(kInfinity));
-  const __m256i finite = _mm256_cmpgt_epi32(infinity, _mm256_and_si256(u, _mm256_set1_epi32(int32_t(kMagnitude))));
+  const __m256i finite = _mm256_cmpgt_epi32(infinity, magnitude_of(u));
   return _mm256_add_epi32(u, _mm256_and_si256(finite, _mm256_srli_epi32(random, 16)));
 }
 
@@ -147,8 +151,7 @@ FUSED_HD void store_high_halves_in_order(uint16_t* at, __m256i a, __m256i b) {
 
 // ---- bfloat16 with a remainder of 16 bits (join16_bf16, split16_bf16) ----
 
-FUSED_HD Pair join_bf16_by_parity(const uint16_t* param, const int16_t* low) {
-  const __m256i p = load16(param), l = load16(low);
+FUSED_HD Pair join_bf16(__m256i p, __m256i l) {
   const __m256i borrow = _mm256_srai_epi16(l, 15);
   const __m256i zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(p, 1), _mm256_setzero_si256());
   const __m256i high = _mm256_add_epi16(p, _mm256_andnot_si256(zero, borrow));
@@ -157,10 +160,34 @@ FUSED_HD Pair join_bf16_by_parity(const uint16_t* param, const int16_t* low) {
           lanes_of(_mm256_blend_epi16(high, _mm256_srli_epi32(rest, 16), 0x55))};
 }
 
+FUSED_HD Pair join_bf16_by_parity(const uint16_t* param, const int16_t* low) { return join_bf16(load16(param), load16(low)); }
+
 FUSED_HD void split_bf16_by_parity(uint16_t* param, int16_t* low, Pair v) {
-  const __m256i a = canonical_nan(v.a), b = canonical_nan(v.b), half = _mm256_set1_epi32(0x8000);
+  const __m256i a = canonical_bits(v.a), b = canonical_bits(v.b), half = _mm256_set1_epi32(0x8000);
   store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
   store16(low, low_halves(a, b));
+}
+
+// ---- bfloat16 with a remainder of 8 bits (join8_bf16, split8_bf16): the same with zeros below ----
+
+FUSED_HD Pair join8_bf16_by_parity(const uint16_t* param, const int8_t* low) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  return join_bf16(load16(param), _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 8));
+}
+
+FUSED_HD __m256i keep24(Lanes a, __m256i round) {
+  const __m256i u = canonical_bits(a);
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), magnitude_of(u));
+  return _mm256_andnot_si256(_mm256_set1_epi32(0xff), _mm256_add_epi32(u, _mm256_and_si256(round, finite)));
+}
+
+// `round_a` and `round_b` are added before the low 8 bits are dropped.
+FUSED_HD void split8_bf16_by_parity(uint16_t* param, int8_t* low, Pair v, __m256i round_a, __m256i round_b) {
+  const __m256i a = keep24(v.a, round_a), b = keep24(v.b, round_b), half = _mm256_set1_epi32(0x8000);
+  store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
+  const __m256i rest = _mm256_srli_epi16(low_halves(a, b), 8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
+                   _mm_packus_epi16(_mm256_castsi256_si128(rest), _mm256_extracti128_si256(rest, 1)));
 }
 
 // ---- float16 ----
@@ -181,9 +208,22 @@ FUSED_HD __m256i round_fp16_in_order(Pair v) {
   return _mm256_andnot_si256(_mm256_srli_epi16(nan, 7), h);
 }
 
-// ---- float16 with a remainder of 16 bits (join16_fp16, split16_fp16) ----
+FUSED_HD __m256i round_fp16_stochastic(Lanes a, __m256i random) {
+  const __m256i m = magnitude_of(a.bits()), denormals = _mm256_set1_epi32(0x38800000);
+  const Lanes scaled = lanes_of(_mm256_min_epi32(m, denormals)) * Lanes(0x1p24);
+  const __m256i whole = _mm256_cvttps_epi32(scaled.x);
+  const Lanes fraction = scaled - Lanes(_mm256_cvtepi32_ps(whole));
+  const Lanes threshold = Lanes(_mm256_cvtepi32_ps(_mm256_srli_epi32(random, 8))) * Lanes(0x1p-24);
+  const __m256i denormal = _mm256_sub_epi32(whole, _mm256_cmpgt_epi32(fraction.bits(), threshold.bits()));
+  const __m256i shifted = _mm256_add_epi32(_mm256_sub_epi32(m, _mm256_set1_epi32(112 << 23)), _mm256_srli_epi32(random, 19));
+  const __m256i finite = _mm256_blendv_epi8(_mm256_srli_epi32(shifted, 13), denormal, _mm256_cmpgt_epi32(denormals, m));
+  const __m256i special = choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7e00)), lanes_of(_mm256_set1_epi32(0x7c00))).bits();
+  const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x47800000), m);
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(a.bits(), 16), _mm256_set1_epi32(0x8000));
+  return _mm256_or_si256(_mm256_blendv_epi8(special, finite, inside), sign);
+}
 
-FUSED_HD __m256i magnitude_of(__m256i bits) { return _mm256_and_si256(bits, _mm256_set1_epi32(int32_t(kMagnitude))); }
+// ---- float16 with a remainder of 16 bits (join16_fp16, split16_fp16) ----
 
 FUSED_HD Lanes join_fp16(__m128i half, __m128i remainder) {
   const __m256i h = float_of_fp16(half).bits(), a = magnitude_of(h), sign = _mm256_xor_si256(h, a);
@@ -200,7 +240,7 @@ FUSED_HD __m256i distance_fp16(Lanes master, __m128i half) {
   const __m256i denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), h);
   const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), h);
   const Lanes difference = lanes_of(_mm256_and_si256((lanes_of(m) - lanes_of(h)).bits(), denormal)) * Lanes(0x1p39);
-  const Lanes half_unit = choose(_mm256_cmp_ps(difference.x, _mm256_setzero_ps(), _CMP_LT_OQ), Lanes(-0.5), Lanes(0.5));
+  const Lanes half_unit = choose(below(difference, Lanes(0.0)), Lanes(-0.5), Lanes(0.5));
   const __m256i fixed = _mm256_cvttps_epi32((difference + half_unit).x);
   return _mm256_and_si256(finite, _mm256_blendv_epi8(_mm256_sub_epi32(m, h), fixed, denormal));
 }

@@ -8,6 +8,7 @@
 #include "../blocks8.h"
 #include "../formats.h"
 #include "kernels.h"
+#include "lane_arrays.h"
 
 namespace fused {
 namespace FUSED_ISA {
@@ -32,10 +33,18 @@ void convert(const In* __restrict in, Out* __restrict out, int64_t n, Convert f)
   for (int64_t i = 0; i < n; ++i) out[i] = f(in[i]);
 }
 
+template <class T, class Convert>
+void load_half(uint8_t format, const uint16_t* in, int64_t n, T* out, Convert f) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == sizeof(float)) done = load_lanes(format, in, n, out);
+  convert(in + done, out + done, n - done, f);
+}
+
 // Elements [begin, begin + n) of a stored tensor as T: in place where the format is T's own.
 template <class T>
 const T* load(uint8_t format, const void* base, int64_t begin, int64_t n, T* buffer) {
   if (format == kNative<T>) return static_cast<const T*>(base) + begin;
+  const uint16_t* half = static_cast<const uint16_t*>(base) + begin;
   switch (format) {
     case kFloat32:
       convert(static_cast<const float*>(base) + begin, buffer, n, [](float x) { return T(x); });
@@ -44,10 +53,10 @@ const T* load(uint8_t format, const void* base, int64_t begin, int64_t n, T* buf
       convert(static_cast<const double*>(base) + begin, buffer, n, [](double x) { return T(x); });
       break;
     case kBFloat16:
-      convert(static_cast<const uint16_t*>(base) + begin, buffer, n, [](uint16_t x) { return T(bf16_to_float(x)); });
+      load_half(format, half, n, buffer, [](uint16_t x) { return T(bf16_to_float(x)); });
       break;
     case kFloat16:
-      convert(static_cast<const uint16_t*>(base) + begin, buffer, n, [](uint16_t x) { return T(fp16_to_float(x)); });
+      load_half(format, half, n, buffer, [](uint16_t x) { return T(fp16_to_float(x)); });
       break;
   }
   return buffer;
@@ -60,6 +69,7 @@ void fill_random(const TensorRow& row, uint32_t operand, const UpdateContext& co
   const uint32_t stream = operand_stream(row.stream, operand);
   const uint32_t step = uint32_t(context.step);
   const uint64_t first = uint64_t(begin) / 4;
+  if (random_lanes(context.seed, first, stream, step, (n + 3) / 4, out) != 0) return;
   for (int64_t counter = 0; counter < (n + 3) / 4; counter += kLanes) {
     uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -91,50 +101,51 @@ void convert_stochastic(const float* __restrict in, const uint32_t* __restrict r
 
 // The low-precision copy of float32 values, in a format with no state of its own.
 void store(uint8_t format, void* base, int64_t begin, int64_t n, const float* in, const uint32_t* random) {
+  if (format != kBFloat16 && format != kFloat16) return;
   uint16_t* out = static_cast<uint16_t*>(base) + begin;
+  const int64_t done = store_lanes(format, in, random, out, n);
+  in += done;
+  out += done;
+  n -= done;
+  if (random != nullptr) random += done;
   if (format == kBFloat16) {
     if (random == nullptr) return convert(in, out, n, [](float x) { return float_to_bf16(x); });
     return convert_stochastic(in, random, out, n, [](float x, uint32_t r) { return float_to_bf16_stochastic(x, r); });
   }
-  if (format == kFloat16) {
-    if (random == nullptr) return convert(in, out, n, [](float x) { return float_to_fp16(x); });
-    return convert_stochastic(in, random, out, n, [](float x, uint32_t r) { return float_to_fp16_stochastic(x, r); });
-  }
+  if (random == nullptr) return convert(in, out, n, [](float x) { return float_to_fp16(x); });
+  return convert_stochastic(in, random, out, n, [](float x, uint32_t r) { return float_to_fp16_stochastic(x, r); });
 }
 
 // ---- parameters, with their masters or remainders ----
 
-const float* load_param(const TensorRow& row, int64_t begin, int64_t n, float* buffer) {
+template <class Low, class Join>
+const float* load_joined(const TensorRow& row, int64_t begin, int64_t n, float* buffer, Join f) {
   const uint16_t* param = static_cast<const uint16_t*>(row.param) + begin;
-  const int16_t* low16 = static_cast<const int16_t*>(row.master) + begin;
-  const int8_t* low8 = static_cast<const int8_t*>(row.master) + begin;
+  const Low* low = static_cast<const Low*>(row.master) + begin;
   float* __restrict out = buffer;
+  for (int64_t i = join_lanes(row.param_format == kBFloat16, param, low, n, buffer); i < n; ++i) out[i] = f(param[i], low[i]);
+  return buffer;
+}
+
+const float* load_param(const TensorRow& row, int64_t begin, int64_t n, float* buffer) {
   const bool bf16 = row.param_format == kBFloat16;
   switch (row.master_format) {
     case kFloat32:
       return static_cast<const float*>(row.master) + begin;
     case kRemainder16:
-      if (bf16) {
-        for (int64_t i = 0; i < n; ++i) out[i] = join16_bf16(param[i], low16[i]);
-      } else {
-        for (int64_t i = 0; i < n; ++i) out[i] = join16_fp16(param[i], low16[i]);
-      }
-      return buffer;
+      if (bf16) return load_joined<int16_t>(row, begin, n, buffer, [](uint16_t p, int16_t r) { return join16_bf16(p, r); });
+      return load_joined<int16_t>(row, begin, n, buffer, [](uint16_t p, int16_t r) { return join16_fp16(p, r); });
     case kRemainder8:
-      if (bf16) {
-        for (int64_t i = 0; i < n; ++i) out[i] = join8_bf16(param[i], low8[i]);
-      } else {
-        for (int64_t i = 0; i < n; ++i) out[i] = join8_fp16(param[i], low8[i]);
-      }
-      return buffer;
+      if (bf16) return load_joined<int8_t>(row, begin, n, buffer, [](uint16_t p, int8_t r) { return join8_bf16(p, r); });
+      return load_joined<int8_t>(row, begin, n, buffer, [](uint16_t p, int8_t r) { return join8_fp16(p, r); });
     default:
       return load(row.param_format, row.param, begin, n, buffer);
   }
 }
 
 template <class Split, class Low, class Convert>
-void store_split(const float* __restrict in, uint16_t* __restrict param, Low* __restrict low, int64_t n, Convert f) {
-  for (int64_t i = 0; i < n; ++i) {
+void store_split(const float* __restrict in, uint16_t* __restrict param, Low* __restrict low, int64_t begin, int64_t n, Convert f) {
+  for (int64_t i = begin; i < n; ++i) {
     const Split s = f(in[i], i);
     param[i] = s.param;
     low[i] = s.remainder;
@@ -149,17 +160,16 @@ void store_param(const TensorRow& row, int64_t begin, int64_t n, const float* in
       return store(row.param_format, row.param, begin, n, in, nullptr);
     case kRemainder16: {
       int16_t* low = static_cast<int16_t*>(row.master) + begin;
-      if (bf16) return store_split<Split16>(in, param, low, n, [](float x, int64_t) { return split16_bf16(x); });
-      return store_split<Split16>(in, param, low, n, [](float x, int64_t) { return split16_fp16(x); });
+      const int64_t done = split_lanes(bf16, in, random, param, low, n);
+      if (bf16) return store_split<Split16>(in, param, low, done, n, [](float x, int64_t) { return split16_bf16(x); });
+      return store_split<Split16>(in, param, low, done, n, [](float x, int64_t) { return split16_fp16(x); });
     }
     case kRemainder8: {
       int8_t* low = static_cast<int8_t*>(row.master) + begin;
-      if (random != nullptr) {
-        if (bf16) return store_split<Split8>(in, param, low, n, [=](float x, int64_t i) { return split8_bf16(x, random[i] >> 24); });
-        return store_split<Split8>(in, param, low, n, [=](float x, int64_t i) { return split8_fp16(x, random[i] >> 24); });
-      }
-      if (bf16) return store_split<Split8>(in, param, low, n, [](float x, int64_t) { return split8_bf16(x, 0x80u); });
-      return store_split<Split8>(in, param, low, n, [](float x, int64_t) { return split8_fp16(x, 0x80u); });
+      const int64_t done = split_lanes(bf16, in, random, param, low, n);
+      const auto round = [=](int64_t i) { return random != nullptr ? random[i] >> 24 : 0x80u; };
+      if (bf16) return store_split<Split8>(in, param, low, done, n, [=](float x, int64_t i) { return split8_bf16(x, round(i)); });
+      return store_split<Split8>(in, param, low, done, n, [=](float x, int64_t i) { return split8_fp16(x, round(i)); });
     }
     default:
       store(row.param_format, row.param, begin, n, in, random);
