@@ -108,12 +108,13 @@ def adam_steps(decades: float, beta2: float, steps: int, check: int) -> dict[str
 def test_steps_are_closer_to_float32s_than_published_schemes(decades: int, beta2: float) -> None:
     """In the loop, where every step rounds again. At equal bytes (1.0625) flashoptim's step is the closest other one.
 
-    Where all gradients of a block have one scale, softsign leaves nothing to improve: 1.1 is the tolerance there.
+    Where all gradients of a block have one scale, softsign leaves nothing to improve in the first moments, and 1.1 is the
+    tolerance for the step; finer second moments make up for it where beta2 is large.
     """
     steps = 200 if beta2 == 0.999 else 60
     result = adam_steps(decades, beta2, steps, steps)
     error, largest = result["fused"]
-    slack = 1.1 if decades == 0 else 1.0
+    slack = 1.1 if (decades, beta2) == (0, 0.95) else 1.0
     assert error <= slack * result["flashoptim"][0], result
     assert error < 0.75 * result["bitsandbytes"][0], result
     assert largest <= 2 * result["float32"][1], result
@@ -134,7 +135,7 @@ def test_second_moments_keep_up_with_slow_averages() -> None:
     ratio = (stored / exact).sqrt()
     assert 0.99 < float(ratio.median()) < 1.01
     assert float((ratio - 1).abs().max()) < 0.15
-    assert float((stuck / exact).sqrt().median()) > 1.3
+    assert float((stuck / exact).sqrt().median()) > 1.15
 
 
 @pytest.mark.parametrize("decades", [0, 1, 2, 3, 4, 5])
@@ -236,15 +237,19 @@ def test_signs_and_order_survive() -> None:
     stored = round_trip(torch.nn.functional.pad(m[:BLOCK8], (0, 0)), True)
     assert bool((stored.sign() == m[:BLOCK8].sign()).all())
     every = torch.arange(256, dtype=torch.uint8)
-    for word in (0x3F80 >> 2 << 3, (0x3F80 >> 2 << 3) | 7):
-        values = formats.decode_blocks8(every, torch.full((8,), word, dtype=torch.int16), True)
-        assert bool((values[1:128].diff() > 0).all()) and bool(values[128].isnan())
-        torch.testing.assert_close(values[129:], -values[1:128], rtol=0, atol=0)
+    for low in (0, 128, 192, 208, 224, 232, 240, 248):  # every curve
+        values = formats.decode_blocks8(every, torch.full((8,), (127 << 8) | low, dtype=torch.int16), True)
+        assert values[0] == 0 and bool((values[:128].diff() > 0).all()) and bool(values[128].isnan())
+        torch.testing.assert_close(values[127], torch.tensor(1.0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[129:].flip(0), -values[1:128], rtol=0, atol=0)
+        again, scales = formats.encode_blocks8(values[:128].view(4, 32).T.contiguous(), True)
+        assert torch.equal(formats.decode_blocks8(again, scales, True).sign(), values[:128].view(4, 32).T.sign())
 
 
 def test_thresholds_are_even_over_steps() -> None:
-    u = torch.zeros(256, dtype=torch.int64)
-    draws = torch.stack([formats._thresholds(u, step) for step in range(1, 1001)])
+    early = formats._thresholds(8, 2)
+    assert float((early - 0.5).abs().max()) < 0.04, "the first steps round almost to nearest"
+    draws = torch.stack([formats._thresholds(8, step).flatten() for step in range(32, 1032)])
     assert float((draws.mean(0) - 0.5).abs().max()) < 0.01
     assert float(draws.min()) >= 0.0 and float(draws.max()) < 1.0
     correlation = torch.corrcoef(torch.stack((draws[0, :-1], draws[0, 1:])))[0, 1]

@@ -3,10 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
-#include "../blocks8.h"
 #include "../formats.h"
+#include "blocks8_kernels.h"
 #include "kernels.h"
 #include "lane_arrays.h"
 
@@ -178,137 +177,16 @@ void store_param(const TensorRow& row, int64_t begin, int64_t n, const float* in
 
 // ---- states, with their block scales ----
 
-// Blocks are independent, but each is a chain: its magnitudes, its scale, its codes. So every link is a loop over all
-// blocks of a buffer, and the processor works on many at a time.
-constexpr int kBlocks = kBlock / kBlock8;
-
-// Calls body(block, size) with a size that is known to the compiler, which makes straight vector code of whole blocks.
-template <class Body>
-FUSED_HD void for_blocks(int64_t n, Body body) {
-  const int64_t whole = n / kBlock8;
-  for (int64_t b = 0; b < whole; ++b) body(b, std::integral_constant<int64_t, kBlock8>());
-  if (n % kBlock8 != 0) body(whole, n % kBlock8);
-}
-
-struct SignedBlocks {
-  float scale[kBlocks], mu[kBlocks], inverse_mu[kBlocks], step[kBlocks], inverse[kBlocks];
-
-  SignedBlocks(const uint16_t* __restrict scales, int64_t count) {
-    for (int64_t b = 0; b < count; ++b) {
-      const Block8Signed block = block8_signed(scales[b]);
-      scale[b] = block.scale;
-      mu[b] = block.mu;
-      inverse_mu[b] = block.inverse_mu;
-      step[b] = block.step;
-      inverse[b] = block.inverse;
-    }
-  }
-
-  Block8Signed operator[](int64_t b) const { return {scale[b], mu[b], inverse_mu[b], step[b], inverse[b]}; }
-};
-
-struct UnsignedBlocks {
-  uint32_t low[kBlocks];
-  float step[kBlocks], inverse[kBlocks];
-
-  UnsignedBlocks(const uint16_t* __restrict scales, int64_t count) {
-    for (int64_t b = 0; b < count; ++b) {
-      const Block8Unsigned block = block8_unsigned(scales[b]);
-      low[b] = block.low;
-      step[b] = block.step;
-      inverse[b] = block.inverse;
-    }
-  }
-
-  Block8Unsigned operator[](int64_t b) const { return {low[b], step[b], inverse[b]}; }
-};
-
-template <class Blocks>
-void decode_blocks8(const uint8_t* in, const uint16_t* scales, int64_t n, float* out) {
-  const Blocks blocks(scales, (n + kBlock8 - 1) / kBlock8);
-  for_blocks(n, [&](int64_t b, auto size) {
-    const uint8_t* __restrict code = in + b * kBlock8;
-    float* __restrict x = out + b * kBlock8;
-    const auto block = blocks[b];
-    for (int64_t i = 0; i < size; ++i) x[i] = block8_decode(code[i], block);
-  });
-}
-
-void encode_blocks8_signed(const float* in, int64_t n, uint8_t* out, uint16_t* __restrict scales) {
-  const int64_t count = (n + kBlock8 - 1) / kBlock8;
-  uint32_t largest[kBlocks];
-  int32_t deficit[kBlocks], nonzero[kBlocks];
-  for_blocks(n, [&](int64_t b, auto size) {
-    const float* __restrict x = in + b * kBlock8;
-    uint32_t magnitude[kBlock8], top = 0;
-    for (int64_t i = 0; i < size; ++i) magnitude[i] = block8_magnitude(x[i]);
-    for (int64_t i = 0; i < size; ++i) top = magnitude[i] > top ? magnitude[i] : top;
-    largest[b] = top;
-  });
-  for_blocks(n, [&](int64_t b, auto size) {
-    const float* __restrict x = in + b * kBlock8;
-    const uint32_t top = largest[b];
-    uint32_t magnitude[kBlock8];
-    int32_t sum = 0, terms = 0;
-    for (int64_t i = 0; i < size; ++i) magnitude[i] = block8_magnitude(x[i]);
-    for (int64_t i = 0; i < size; ++i) sum += block8_deficit(magnitude[i], top);
-    for (int64_t i = 0; i < size; ++i) terms += int32_t(magnitude[i] != 0u);
-    deficit[b] = sum;
-    nonzero[b] = terms;
-  });
-  for (int64_t b = 0; b < count; ++b) scales[b] = block8_scale_signed(largest[b], deficit[b], nonzero[b]);
-  const SignedBlocks blocks(scales, count);
-  for_blocks(n, [&](int64_t b, auto size) {
-    const float* __restrict x = in + b * kBlock8;
-    uint8_t* __restrict code = out + b * kBlock8;
-    const Block8Signed block = blocks[b];
-    for (int64_t i = 0; i < size; ++i) code[i] = block8_encode(x[i], block);
-  });
-}
-
-void encode_blocks8_unsigned(const float* in, int64_t n, uint8_t* out, uint16_t* __restrict scales, uint32_t first,
-                             uint32_t step) {
-  const int64_t count = (n + kBlock8 - 1) / kBlock8;
-  uint32_t before[kBlocks], largest[kBlocks];  // before: the smallest less one, by which zeros come last
-  for_blocks(n, [&](int64_t b, auto size) {
-    const float* __restrict x = in + b * kBlock8;
-    uint32_t magnitude[kBlock8], low = ~0u, top = 0;
-    for (int64_t i = 0; i < size; ++i) magnitude[i] = block8_magnitude(x[i]);
-    for (int64_t i = 0; i < size; ++i) low = magnitude[i] - 1u < low ? magnitude[i] - 1u : low;
-    for (int64_t i = 0; i < size; ++i) top = magnitude[i] > top ? magnitude[i] : top;
-    before[b] = low;
-    largest[b] = top;
-  });
-  for (int64_t b = 0; b < count; ++b) scales[b] = block8_scale_unsigned(before[b] + 1u, largest[b]);
-  const UnsignedBlocks blocks(scales, count);
-  for_blocks(n, [&](int64_t b, auto size) {
-    const float* __restrict x = in + b * kBlock8;
-    uint8_t* __restrict code = out + b * kBlock8;
-    const Block8Unsigned block = blocks[b];
-    const uint32_t element = first + uint32_t(b * kBlock8);
-    for (int64_t i = 0; i < size; ++i) code[i] = block8_encode(x[i], block, block8_threshold(element + uint32_t(i), step));
-  });
-}
+static_assert(kBlock == kBlocks8 * kBlock8, "a buffer is what is encoded at a time");
 
 const float* load_blocks8(bool is_signed, const void* codes, const void* scales, int64_t begin, int64_t n, float* buffer) {
-  const uint8_t* code = static_cast<const uint8_t*>(codes) + begin;
-  const uint16_t* scale = static_cast<const uint16_t*>(scales) + begin / kBlock8;
-  if (is_signed) {
-    decode_blocks8<SignedBlocks>(code, scale, n, buffer);
-  } else {
-    decode_blocks8<UnsignedBlocks>(code, scale, n, buffer);
-  }
+  decode_blocks8(is_signed, static_cast<const uint8_t*>(codes) + begin, static_cast<const uint16_t*>(scales) + begin / kBlock8, n, buffer);
   return buffer;
 }
 
 void store_blocks8(bool is_signed, void* codes, void* scales, int64_t begin, int64_t n, const float* in, uint32_t step) {
-  uint8_t* code = static_cast<uint8_t*>(codes) + begin;
-  uint16_t* scale = static_cast<uint16_t*>(scales) + begin / kBlock8;
-  if (is_signed) {
-    encode_blocks8_signed(in, n, code, scale);
-  } else {
-    encode_blocks8_unsigned(in, n, code, scale, uint32_t(begin), step);
-  }
+  encode_blocks8(is_signed, in, n, static_cast<uint8_t*>(codes) + begin, static_cast<uint16_t*>(scales) + begin / kBlock8,
+                 uint32_t(begin / kBlock8), step);
 }
 
 const float* load_state(const TensorRow& row, int k, int64_t begin, int64_t n, float* buffer) {

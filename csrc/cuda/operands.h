@@ -164,13 +164,13 @@ __device__ __forceinline__ uint16_t encode_signed(const Place& at, const float (
   int32_t deficit = 0, nonzero = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
-    deficit += block8_deficit(a, largest);
+    const uint32_t a = (j < at.count ? block8_magnitude(x[j]) : 0u) >> 16;
+    deficit += block8_deficit(a, largest >> 16);
     nonzero += int32_t(a != 0u);
   }
   deficit = over_block(deficit, [](int32_t a, int32_t b) { return a + b; });
   nonzero = over_block(nonzero, [](int32_t a, int32_t b) { return a + b; });
-  const uint16_t scale = block8_scale_signed(largest, deficit, nonzero);
+  const uint16_t scale = block8_scale_signed(largest, block8_curve(deficit, nonzero));
   const Block8Signed block = block8_signed(scale);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block);
@@ -190,8 +190,10 @@ __device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float
   largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
   const uint16_t scale = block8_scale_unsigned(smallest, largest);
   const Block8Unsigned block = block8_unsigned(scale);
+  const Block8Threshold threshold = block8_threshold(uint32_t(at.begin / kBlock8), step);
+  const uint32_t lane = uint32_t(at.begin % kBlock8);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block, block8_threshold(uint32_t(at.begin) + uint32_t(j), step));
+  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block, block8_threshold(threshold, lane + uint32_t(j)));
   return scale;
 }
 

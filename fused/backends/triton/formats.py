@@ -184,85 +184,139 @@ def _quotient(x, y):
 
 
 @triton.jit
+def _reciprocal(x):
+    return tl.math.div_rn(0.0 * x + 1.0, x)
+
+
+@triton.jit
 def _finite_pattern(x):
     a = _bits(x) & MAGNITUDE
     return tl.where(a >= INFINITY, 0, a).to(tl.int32)
 
 
 @triton.jit
-def _threshold(element, step):
-    h = element.to(tl.uint32) * 0x9E3779B1
+def _thresholds(element, step):
+    """Where elements round up, in [1, 2)."""
+    block = (element // 32).to(tl.uint32)
+    h = block * 0x9E3779B1
     h = (h ^ (h >> 15)) * 0x85EBCA6B
-    h = h + (step.to(tl.uint32) + 0 * h) * 0x9E3779B9
-    return (h >> 8).to(tl.int32).to(tl.float32) * 0.000000059604644775390625  # 2^-24
+    now = step.to(tl.uint32) + 0 * h
+    phase = h + now * 0x9E3779B9 + (element % 32).to(tl.uint32) * 0xC13FA9A9
+    spread = tl.minimum(now, 32).to(tl.int32).to(tl.float32) * 0.0000000037252902984619140625  # 2^-28
+    return (phase.to(tl.int32, bitcast=True) >> 9).to(tl.float32) * spread + 1.5
 
 
 @triton.jit
 def _unsigned_block(scale):
-    low = (scale & 0xFF) << 23
-    width = (((scale >> 8) << 23) - low).to(tl.int32).to(tl.float32)
-    levels = 0.0 * width + 253.0
-    return low[:, None], _quotient(width, levels)[:, None], _quotient(levels, width)[:, None]
+    step = ((4 + (scale & 3)) << (12 + ((scale >> 2) & 7))).to(tl.int32)
+    return ((scale >> 5) << 21).to(tl.int32)[:, None], step[:, None]
+
+
+@triton.jit
+def _pick(
+    i, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr,
+    e: tl.constexpr, f: tl.constexpr, g: tl.constexpr, h: tl.constexpr,
+):  # fmt: skip
+    low = tl.where(i < 2, tl.where(i == 0, a, b), tl.where(i == 2, c, d))
+    high = tl.where(i < 6, tl.where(i == 4, e, f), tl.where(i == 6, g, h))
+    return tl.where(i < 4, low, high)
+
+
+@triton.jit
+def _curve_bits(curve):
+    return tl.where(curve < 2, 7 - curve, tl.where(curve < 4, 4, 3))
+
+
+@triton.jit
+def _curve_of(scale):
+    low = scale & 0xFF
+    return tl.where(low < 192, low >> 7, tl.where(low < 224, (low >> 4) - 10, (low >> 3) - 24))
 
 
 @triton.jit
 def _signed_block(scale):
-    spread = scale & 7
-    mu = _float(0x3F800000 + ((spread * (spread + 9)) << 20))
-    width = (_bits(1.0 + mu) - 0x3F800000).to(tl.int32).to(tl.float32)
-    levels = 0.0 * width + 127.0
-    inverse_mu = _quotient(0.0 * mu + 1.0, mu)
-    top = _float((scale >> 3) << 18)
-    step, inverse = _quotient(width, levels), _quotient(levels, width)
-    return top[:, None], mu[:, None], inverse_mu[:, None], step[:, None], inverse[:, None]
+    """Scale, mu, and the curve: patterns per level before and after the knee, and where that lies; all of a block."""
+    curve = _curve_of(scale)
+    bits = _curve_bits(curve)
+    top = _float(((scale >> 8) << 23 | (scale & ((1 << bits) - 1)) << (23 - bits)).to(tl.uint32))
+    near = _pick(curve, 66052, 107885, 151369, 245975, 390120, 545187, 693611, 990782)
+    far = _pick(curve, 99078, 161827, 227054, 368963, 390120, 545187, 693611, 990782)
+    knee = _pick(curve, 64, 109, 76, 104, 0, 0, 0, 0)
+    mu = _float((0x3F800000 + 127 * far - knee * (far - near)).to(tl.uint32)) - 1.0
+    return top, mu, near, far, knee
 
 
 @triton.jit
 def blocks8_to_float(codes, scale, SIGNED: tl.constexpr):
     """Values of ``[blocks, 32]`` codes and ``[blocks]`` scales."""
-    code = codes.to(tl.uint32)
+    code = codes.to(tl.int32)
     if SIGNED:
-        top, _, inverse_mu, step, _ = _signed_block(scale.to(tl.uint32))
-        level = (code & 0x7F).to(tl.int32).to(tl.float32)
-        above = (level * step + 0.5).to(tl.int32).to(tl.uint32)
-        s = (_float(0x3F800000 + above) - 1.0) * inverse_mu
-        x = tl.math.div_rn(top * s, 1.75 - 0.75 * s)
-        return _float(tl.where(code == 0x80, 0x7FC00000, _bits(x) | ((code & 0x80) << 24)))
-    low, step, _ = _unsigned_block(scale.to(tl.uint32))
-    above = ((code.to(tl.int32) - 1).to(tl.float32) * step + 0.5).to(tl.int32).to(tl.uint32)
-    return _float(tl.where(code == 0, 0, tl.where(code == 255, 0x7FC00000, low + above)))
+        top, mu, near, far, knee = _signed_block(scale.to(tl.int32))
+        unit = (top * _reciprocal(mu))[:, None]
+        fold = (knee * (far - near))[:, None]
+        level = tl.where(code < 128, code, 256 - code)
+        above = tl.maximum(level * near[:, None], level * far[:, None] - fold)
+        x = (_float((0x3F800000 + above).to(tl.uint32)) - 1.0) * unit
+        sign = (code & 0x80).to(tl.uint32) << 24
+        return _float(tl.where(code == 0x80, 0x7FC00000, _bits(x) | sign))
+    low, step = _unsigned_block(scale.to(tl.uint32))
+    end = (low + (code - 1) * step).to(tl.uint32)
+    u = tl.where(end < INFINITY, end, INFINITY - 1)
+    return _float(tl.where(code == 0, 0, tl.where(code == 255, 0x7FC00000, u)))
+
+
+@triton.jit
+def _signed_scale(finite):
+    largest = tl.max(finite, 1)
+    high = finite >> 16
+    there = high != 0
+    deficit = tl.sum(tl.where(there, tl.minimum((largest >> 16)[:, None] - high, 2560), 0), 1)
+    count = tl.sum(there.to(tl.int32), 1)
+    curve = (deficit > 350 * count).to(tl.int32) + (deficit > 372 * count).to(tl.int32)
+    curve += (deficit > 416 * count).to(tl.int32) + (deficit > 474 * count).to(tl.int32)
+    curve += (deficit > 576 * count).to(tl.int32) + (deficit > 666 * count).to(tl.int32)
+    curve += (deficit > 794 * count).to(tl.int32)
+    bits = _curve_bits(curve)
+    peak = (largest + 0x8000) >> 16
+    dropped = 7 - bits
+    top = (tl.minimum(tl.maximum(peak, 0x0D80), 0x7E80) + (1 << dropped) - 1) >> dropped
+    first = tl.where(curve < 2, curve * 128, tl.where(curve < 4, curve * 16 + 160, curve * 8 + 192))
+    return tl.where(peak == 0, 0, (top >> bits) << 8 | first | (top & ((1 << bits) - 1)))
+
+
+@triton.jit
+def _unsigned_scale(finite):
+    largest = tl.max(finite, 1)
+    smallest = tl.min(tl.where(finite == 0, 0x7FFFFFFF, finite), 1)
+    bound = (largest - 928514048 + 0x1FFFFF) >> 21
+    low = tl.maximum(smallest >> 21, tl.maximum(bound, 4))
+    width = tl.maximum(largest - (low << 21), 1).to(tl.float32)
+    number = (_bits(width * _reciprocal(0.0 * width + 253.0)) + 0x1FFFFF) >> 21
+    index = tl.minimum(tl.maximum(number.to(tl.int32) - 564, 0), 31)
+    return tl.where(largest == 0, 0, low << 5 | index)
 
 
 @triton.jit
 def float_to_blocks8(x, element, step, SIGNED: tl.constexpr):
     """``[blocks, 32]`` codes and ``[blocks]`` scales; second moments round by the element and the step."""
     a = _bits(x) & MAGNITUDE
-    finite = _finite_pattern(x)
-    largest = tl.max(finite, 1)
     if SIGNED:
-        nonzero = finite != 0
-        behind = tl.minimum((largest[:, None] >> 16) - (finite >> 16), 2560)
-        deficit = tl.sum(tl.where(nonzero, behind, 0), 1)
-        count = tl.sum(nonzero.to(tl.int32), 1)
-        peak = (tl.minimum(tl.maximum(largest, 0x0D800000), 0x7E800000) + 0x3FFFF) >> 18
-        spread = (deficit > 307 * count).to(tl.int32) + (deficit > 371 * count).to(tl.int32)
-        spread += (deficit > 422 * count).to(tl.int32) + (deficit > 512 * count).to(tl.int32)
-        spread += (deficit > 627 * count).to(tl.int32) + (deficit > 768 * count).to(tl.int32)
-        spread += (deficit > 896 * count).to(tl.int32)
-        scale = tl.where(largest == 0, 0, (peak << 3) | spread).to(tl.uint32)
-        top, mu, _, _, inverse = _signed_block(scale)
-        r = tl.where(_float(a) < top, _float(a), top)
-        t = 1.0 + mu * _quotient(1.75 * r, top + 0.75 * r)
-        level = ((_bits(t) - 0x3F800000).to(tl.int32).to(tl.float32) * inverse + 0.5).to(tl.int32)
-        code = tl.minimum(level, 127).to(tl.uint32)
-        code = tl.where(code == 0, 0, code | ((_bits(x) >> 24) & 0x80))
+        scale = _signed_scale(_finite_pattern(x))
+        top, mu, near, far, knee = _signed_block(scale)
+        gain = _quotient(mu, top)[:, None]
+        above = (_bits(1.0 + _float(a) * gain) - 0x3F800000).to(tl.int32).to(tl.float32)
+        far_inverse = _reciprocal(far.to(tl.float32))
+        lift = knee.to(tl.float32) - (knee * near).to(tl.float32) * far_inverse
+        from_near = above * _reciprocal(near.to(tl.float32))[:, None]
+        from_far = above * far_inverse[:, None] + lift[:, None]
+        y = tl.where(from_near < from_far, from_near, from_far)
+        bounded = tl.where(y < 127.0, y, 127.0)
+        level = (_bits(bounded + 12582912.0) & 0x7F).to(tl.int32)  # to nearest even
+        code = tl.where((_bits(x) >> 31) != 0, (0 - level) & 0xFF, level)
         return tl.where(a >= INFINITY, 0x80, code).to(tl.uint8), scale.to(tl.uint16)
-    smallest = tl.min(tl.where(finite == 0, 0x7FFFFFFF, finite), 1)
-    end = (largest >> 23) + 1
-    begin = tl.maximum(tl.maximum(smallest >> 23, 1), end - 64)
-    scale = tl.where(largest == 0, 0, begin | (tl.maximum(end, 2) << 8)).to(tl.uint32)
-    low, _, inverse = _unsigned_block(scale)
-    above = (tl.maximum(a.to(tl.int32), low.to(tl.int32)) - low.to(tl.int32)).to(tl.float32)
-    level = (above * inverse + _threshold(element, step)).to(tl.int32) + 1
+    scale = _unsigned_scale(_finite_pattern(x))
+    low, patterns = _unsigned_block(scale.to(tl.uint32))
+    above = (tl.maximum(a.to(tl.int32), low) - low).to(tl.float32)
+    level = (above * _reciprocal(patterns.to(tl.float32)) + _thresholds(element, step)).to(tl.int32)
     code = tl.where(a >= INFINITY, 255, tl.minimum(level, 254))
     return tl.where(a == 0, 0, code).to(tl.uint8), scale.to(tl.uint16)
