@@ -108,7 +108,7 @@ def adam_steps(decades: float, beta2: float, steps: int, check: int) -> dict[str
 def test_steps_are_closer_to_float32s_than_published_schemes(decades: int, beta2: float) -> None:
     """In the loop, where every step rounds again. At equal bytes (1.0625) flashoptim's step is the closest other one.
 
-    Where all gradients of a block have one scale, softsign leaves nothing to improve in the first moments, and 1.1 is the
+    Where all gradients of a block have one scale, softsign leaves nothing to improve in the first moments; 1.1 is the
     tolerance for the step; finer second moments make up for it where beta2 is large.
     """
     steps = 200 if beta2 == 0.999 else 60
