@@ -22,7 +22,7 @@ inline __m256i all(uint32_t x) { return _mm256_set1_epi32(int32_t(x)); }
 inline __m256i blend(__m256i no, __m256i yes, __m256i mask) { return _mm256_blendv_epi8(no, yes, mask); }
 inline __m256i magnitude256(const float* x) { return _mm256_and_si256(bits256(_mm256_loadu_ps(x)), all(kMagnitude)); }
 inline bool any(__m256i mask) { return _mm256_movemask_epi8(mask) != 0; }
-inline unsigned lanes_of(__m256i mask) { return unsigned(_mm256_movemask_ps(float256(mask))); }
+inline unsigned mask_bits(__m256i mask) { return unsigned(_mm256_movemask_ps(float256(mask))); }
 
 template <class T>
 inline void put(T* to, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), x); }
@@ -195,7 +195,7 @@ inline uint32_t encode_signed(const float* in, int count, uint8_t* out, uint16_t
     put(near_inverse + b, look_up(table.near_inverse, curves));
     put(far_inverse + b, look_up(table.far_inverse, curves));
     put(lift + b, look_up(table.lift, curves));
-    rare |= lanes_of(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u))) << b;
+    rare |= mask_bits(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u))) << b;
   }
   const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
   for (int b = 0; b < count; ++b) {
@@ -296,7 +296,7 @@ inline uint32_t encode_unsigned(const float* in, int count, uint8_t* out, uint16
     put(phase + b, phases_of(number + uint32_t(b), step));
     put(inverse + b, _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_cvtepi32_ps(steps_of(words))));
     const __m256i below = _mm256_andnot_si256(empty, _mm256_cmpgt_epi32(lows, smallest));
-    rare |= lanes_of(_mm256_or_si256(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u)), below)) << b;
+    rare |= mask_bits(_mm256_or_si256(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u)), below)) << b;
   }
   const __m256 spread = _mm256_set1_ps(block8_threshold(number, step).spread), middle = _mm256_set1_ps(1.5f);
   const __m256i lanes = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(kLanePhase));
