@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -36,12 +37,17 @@ def measured(prepare: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[in
 
     What ``call`` frees counts if it was allocated by ``prepare``: the profiler knows no earlier sizes.
     """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False
-    ) as profiler:
-        prepared = prepare()
-        with torch.profiler.record_function("measured"):
-            result = call(prepared)
+    gc.collect()
+    gc.disable()  # what other tests left behind must not be freed in between
+    try:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False
+        ) as profiler:
+            prepared = prepare()
+            with torch.profiler.record_function("measured"):
+                result = call(prepared)
+    finally:
+        gc.enable()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
     (start,) = (event.start_ns() for event in events if event.name() == "measured")
     live = peak = 0

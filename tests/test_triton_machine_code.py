@@ -90,7 +90,7 @@ def test_update(name, architecture, tmp_path, record_property):
 
     formats = _formats()[name]
     sass, registers = _disassembly(compile_update(formats, architecture), tmp_path)
-    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
+    _check_spills(sass)
     written = [formats.param, *formats.states] + [formats.master] * (formats.master != Format.NONE)
     # float32 masters beside the parameter: the parameter is not read
     read = [formats.grad] + (written[1:] if formats.master == Format.FLOAT32 else written)
@@ -100,6 +100,13 @@ def test_update(name, architecture, tmp_path, record_property):
             assert found >= expected, f"{found} {bits}-bit {instruction}, not {expected}"
     record_property("registers", registers)
     _compare_registers(f"{name}-sm{architecture}", registers)
+
+
+def _check_spills(sass):
+    """None by the compiler whose registers are recorded; one value at most by any other."""
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    recorded = TABLE.exists() and json.loads(TABLE.read_text())["triton"] == triton.__version__
+    assert spills <= (0 if recorded else 2), f"{spills} spills to local memory"
 
 
 def _compare_registers(key, registers):
@@ -125,7 +132,7 @@ def test_adafactor(kernel, name, architecture, tmp_path, record_property):
 
     formats = _adafactor()[name]
     sass, registers = _disassembly(compile_adafactor(kernel, formats, architecture), tmp_path)
-    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
+    _check_spills(sass)
     written = [] if kernel != "apply" else [formats.param, *formats.states, *[formats.master] * bool(formats.master)]
     for instruction, operands in (("LDG", [formats.grad, *written]), ("STG", written)):
         found, expected = len(re.findall(rf"{instruction}\.E\S*\.128\b", sass)), _accesses(operands, 128)
