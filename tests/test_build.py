@@ -163,7 +163,7 @@ def test_extension_does_not_know_torch() -> None:
         pytest.skip("no extension")
     path = PACKAGE / f"_C{SUFFIX}"
     contents = path.read_bytes()
-    # Symbols of torch would be mangled names of its namespaces. Its library is named once: to be looked for at run time.
+    # Torch's symbols would be mangled names of its namespaces. Its library is named once, to be looked for at run time.
     for name in (b"_ZN2at", b"_ZNK2at", b"_ZN3c10", b"_ZNK3c10", b"_ZN5torch", b"libc10", b"libcudart.so"):
         assert name not in contents
     if readelf := shutil.which("readelf"):
