@@ -96,3 +96,17 @@ def served(kernels: CudaOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda
     kernels.serve(monkeypatch)
     yield kernels
     kernels.order(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what kernels take on a GPU, as compiled ahead of time by the tests that were run."""
+    rows = [
+        (report.nodeid.split("::")[-1], value)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "registers"
+    ]
+    if rows:
+        terminalreporter.section("registers per thread, compiled ahead of time, no spills")
+        for name, registers in rows:
+            terminalreporter.write_line(f"{registers:>5}  {name}")
