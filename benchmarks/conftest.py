@@ -62,17 +62,20 @@ def make_side(request: pytest.FixtureRequest, device: torch.device) -> Any:
 def time_step(benchmark: Any, device: torch.device) -> Any:
     """Times the side's step, the device waited for, and records bytes and bandwidth."""
 
-    def run(side: Side, problem: Problem) -> None:
+    def run(side: Side, problem: Problem, held: int | None = None) -> None:
+        """`held`: bytes that are read and written, where not parameters and states."""
         def step() -> None:
             side.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
+        held = side.held_bytes() if held is None else held
+        gradients = problem.profile.elements * side.gradient_passes * problem.grad_dtype.itemsize
         benchmark.extra_info |= {
             "tensors": problem.profile.tensors,
             "elements": problem.profile.elements,
-            "bytes_held": side.held_bytes(),
-            "bytes_moved": 2 * side.held_bytes() + problem.profile.elements * problem.grad_dtype.itemsize,
+            "bytes_held": held,
+            "bytes_moved": 2 * held + gradients,
         }
         benchmark.pedantic(step, rounds=15, warmup_rounds=2, iterations=1, setup=side.prepare)
         stats = benchmark.stats

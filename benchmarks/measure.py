@@ -15,7 +15,7 @@ from .cases import Case, held_bytes
 from .gate import Verdict, check
 from .machine import available_memory
 from .problem import NotAvailable, Problem, Side
-from .report import Row, number
+from .report import Row, cell_name, number
 from .systems import SYSTEMS, Options, System
 from .timing import Budget, Timed, interleave, make_clock, paired_ratio
 
@@ -34,12 +34,34 @@ class Session:
     quick: bool = False
     beside: int = 0  # busy processes that run now
     deadline: float = float("inf")  # of time.perf_counter(): no cell starts after it
-    left_out: int = 0
+    left_out: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     noisy: list[str] = field(default_factory=list)
     cells: int = 0
     goals: list[dict[str, Any]] = field(default_factory=list)
+    planned: int = 1  # cells still to come, which share the time that is left
+
+    def is_over(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def leave_out(self, *cells: str) -> None:
+        self.left_out += cells
+        self.planned = max(1, self.planned - len(cells))
+
+    def part(self) -> float:
+        """Until when the next cell may go on with its rounds: it has its share, and half as much again, for others may
+        need less."""
+        now = time.perf_counter()
+        share = 1.5 * (self.deadline - now) / max(1, self.planned)
+        self.planned -= 1
+        return now + share
+
+    def note_spread(self, row: Row) -> None:
+        self.cells += 1
+        if row.median_ms and (row.p80_ms or 0.0) - (row.p20_ms or 0.0) > 0.3 * row.median_ms:
+            times = f"{number(row.p20_ms)}-{number(row.p80_ms)} ms around {number(row.median_ms)}"
+            self.noisy.append(" ".join([row.optimizer, row.precision, row.profile, row.label, f"({times})"]))
 
 
 def measure_cell(
@@ -53,13 +75,15 @@ def measure_cell(
     scale: float = 1.0,
 ) -> list[Row]:
     """Rows of this package and of every system, measured together (in several groups when memory does not hold all)."""
-    if time.perf_counter() > session.deadline:
-        session.left_out += 1
+    if session.is_over():
+        session.leave_out(cell_name(bench, case.key, problem.precision.name, problem.profile.name))
         return []
+    stop_at = session.part()
     build = build or (lambda system: system.make(case, problem, session.options))
     rows: list[Row] = []
     for chunk in _chunks(session, case, problem, systems):
-        rows += _measure_together(session, case, problem, chunk, bench, build, clip, scale, with_ours=not rows)
+        measured = _measure_together(session, case, problem, chunk, bench, build, clip, scale, stop_at)
+        rows += measured[1:] if rows else measured  # ours takes part in every group, and counts once
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -85,7 +109,7 @@ def _measure_together(
     build: Callable[[System], Side],
     clip: float | None,
     scale: float,
-    with_ours: bool,
+    stop_at: float,
 ) -> list[Row]:
     rows: dict[str, Row] = {}
     sides: list[Side] = []
@@ -127,12 +151,10 @@ def _measure_together(
                 f"{bench} {case} {problem.precision.name} {problem.profile.name} {side.label}: {verdict}"
             )
 
-    results = interleave(kept, make_clock(session.device, session.cold_bytes), session.budget) if kept else {}
+    results = interleave(kept, make_clock(session.device, session.cold_bytes), session.budget, stop_at) if kept else {}
     ours = results.get("fused")
     for side in kept:
         _fill(rows[side.system], session, problem, side, results[side.system], ours)
-    if not with_ours:
-        del rows["fused"]
     return list(rows.values())
 
 
@@ -151,25 +173,19 @@ def _blank(bench: str, case: Case, problem: Problem, system: System, session: Se
 
 
 def _fill(row: Row, session: Session, problem: Problem, side: Side, timed: Timed, ours: Timed | None) -> None:
-    wall, device = timed.wall, timed.device
-    row.rounds = wall.rounds
-    row.median_ms, row.p20_ms, row.p80_ms, row.best_ms = (1e3 * x for x in (wall.median, wall.p20, wall.p80, wall.best))
-    row.host_ms, row.device_ms = 1e3 * timed.host.median, 1e3 * device.median
+    row.take_times(timed)
     if ours:
         ratio = paired_ratio(timed.walls, ours.walls)
         row.ratio, row.ratio_p20, row.ratio_p80 = ratio.median, ratio.p20, ratio.p80
         row.device_ratio = paired_ratio(timed.devices, ours.devices).median
     elements = max(1, problem.profile.elements)
     row.held_bytes = side.held_bytes() / elements
-    row.model_bytes = 2 * row.held_bytes + (side.grad_bytes or problem.grad_dtype.itemsize)
-    row.gbs = row.model_bytes * elements / device.median / 1e9
+    row.model_bytes = 2 * row.held_bytes + side.gradient_passes * (side.grad_bytes or problem.grad_dtype.itemsize)
+    row.gbs = row.model_bytes * elements / timed.device.median / 1e9
     row.copy_fraction = row.gbs / session.bandwidth.copy
     if session.bandwidth.theoretical:
         row.peak_fraction = row.gbs / session.bandwidth.theoretical
-    session.cells += 1
-    if wall.spread > 0.3:
-        times = f"{number(row.p20_ms)}-{number(row.p80_ms)} ms around {number(row.median_ms)}"
-        session.noisy.append(f"{row.optimizer} {row.precision} {row.profile} {row.label} ({times})")
+    session.note_spread(row)
     if session.device.type == "cuda":
         row.temporary_bytes, row.launches = gpu_footprint(side, session.device)
 

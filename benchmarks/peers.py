@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from .systems import Options, System, register
 Builder = Callable[[Case, Precision, list[Tensor]], Any]
 
 
-def _peer(key: str, title: str, package: str, module: str, gpu: bool | None = None) -> Callable[[Builder], Builder]:
+def _peer(
+    key: str, title: str, package: str, module: str, gpu: bool | None = None, compiles: bool = False
+) -> Callable[[Builder], Builder]:
     """Register a function that builds the peer's optimizer. `gpu`: True where it needs one, False: the CPU only."""
 
     def decorate(make: Builder) -> Builder:
@@ -48,7 +51,7 @@ def _peer(key: str, title: str, package: str, module: str, gpu: bool | None = No
                 raise NotAvailable(f"{type(error).__name__}: {text}") from None
             return Side(key, title, params, optimizer.step, optimizer, note=note)
 
-        register(System(key, title, build, package, module))
+        register(System(key, title, build, package, module, compiles))
         return make
 
     return decorate
@@ -83,7 +86,7 @@ def _bitsandbytes(case: Case, precision: Precision, params: list[Tensor]) -> Any
     return getattr(bitsandbytes.optim, case.cls + suffix)(params, **case.kwargs)
 
 
-@_peer("torchao", "torchao", "torchao", "torchao")
+@_peer("torchao", "torchao", "torchao", "torchao", compiles=True)
 def _torchao(case: Case, precision: Precision, params: list[Tensor]) -> Any:
     from torchao import optim
 
@@ -141,14 +144,26 @@ def _transformers(case: Case, _precision: Precision, params: list[Tensor]) -> An
     return Adafactor(params, relative_step=False, warmup_init=False, scale_parameter=True, **case.kwargs)
 
 
+_STALE = 600.0  # seconds: no compilation of theirs takes as long
+
+
 def _compiling() -> None:
-    """DeepSpeed compiles its kernels at first use, with the ninja on PATH: this environment's, if it has one."""
+    """DeepSpeed compiles its kernels at first use, with the ninja on PATH: this environment's, if it has one.
+
+    A compilation that was killed leaves a lock, for which the next one would wait for ever.
+    """
     here = str(Path(sys.executable).parent)
     if here not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([here, os.environ["PATH"]])
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in root.glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > _STALE:
+            raise NotAvailable(f"a compilation that was killed has left {lock}: remove it")
 
 
-@_peer("deepspeed-cpu", "DeepSpeed CPU", "deepspeed", "deepspeed", gpu=False)
+@_peer("deepspeed-cpu", "DeepSpeed CPU", "deepspeed", "deepspeed", gpu=False, compiles=True)
 def _deepspeed_cpu(case: Case, precision: Precision, params: list[Tensor]) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _compiling()
@@ -169,7 +184,7 @@ def _deepspeed_cpu(case: Case, precision: Precision, params: list[Tensor]) -> An
     raise _lacks(case)
 
 
-@_peer("deepspeed", "DeepSpeed Fused", "deepspeed", "deepspeed", gpu=True)
+@_peer("deepspeed", "DeepSpeed Fused", "deepspeed", "deepspeed", gpu=True, compiles=True)
 def _deepspeed(case: Case, precision: Precision, params: list[Tensor]) -> Any:
     _compiling()
     _check_states(precision, "fp32", "bf16", "fp16")

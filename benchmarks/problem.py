@@ -95,6 +95,7 @@ class Side:
     extra: list[Tensor] = field(default_factory=list)  # held beside parameters and state, e.g. float32 masters
     note: str = ""
     grad_bytes: int | None = None  # per element, where not the parameter's
+    gradient_passes: int = 1  # times that a gradient's element is read or written
 
     def take_private_gradients(self) -> None:
         """For a system that writes to the gradients: its own copy, restored before each step."""

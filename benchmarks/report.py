@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .timing import Timed
+
 SCHEMA = 1
+
+
+def cell_name(bench: str, optimizer: str, precision: str, profile: str) -> str:
+    """What rows that were measured together are called where they are left out."""
+    return " ".join([bench, *([] if optimizer == "-" else [optimizer]), precision, profile])
 
 
 @dataclass
@@ -54,10 +61,23 @@ class Row:
     launches: int | None = None
     error: float | None = None
     note: str = ""
+    commit: str = ""  # and date, where the row is of an earlier run than its section
+    when: str = ""
+
+    @property
+    def cell(self) -> str:
+        return cell_name(self.bench, self.optimizer, self.precision, self.profile)
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    def take_times(self, timed: Timed) -> None:
+        wall = timed.wall
+        self.rounds = wall.rounds
+        self.median_ms, self.p20_ms = 1e3 * wall.median, 1e3 * wall.p20
+        self.p80_ms, self.best_ms = 1e3 * wall.p80, 1e3 * wall.best
+        self.host_ms, self.device_ms = 1e3 * timed.host.median, 1e3 * timed.device.median
 
 
 def tidy(value: Any) -> Any:

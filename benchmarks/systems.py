@@ -31,6 +31,7 @@ class System:
     build: Callable[[Case, Problem, Options], Side]
     package: str | None = None  # the distribution whose version is reported
     module: str | None = None
+    compiles: bool = False  # at its first step, for up to minutes
 
     def installed(self) -> bool:
         return self.module is None or importlib.util.find_spec(self.module.partition(".")[0]) is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from .load import company
 from .plots.speed import best_torch, step_rows
-from .report import Result, Row, number
+from .report import Row, number
 from .store import MachineResults
 
 MARKERS = re.compile(r"(<!-- benchmarks: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /benchmarks -->)", re.DOTALL)
@@ -28,23 +28,17 @@ def _ratio(value: float) -> str:
 
 def _source(results: MachineResults, *benches: str) -> str:
     """Machine, versions, date and what disturbed, of the sections that rows of the benches (or the goals) are from."""
-    sections = [s for s in results.sections.values() if (s.goals and "goals" in benches) or _has(s, benches)]
-    when = max((s.when for s in sections), default="")[:10]
+    sections = results.sections_of(*benches)
     noise = sorted({w for s in sections for w in s.warnings if w.startswith(("other processes", "the hypervisor"))})
     warning = f" Warnings: {'; '.join(noise)}." if noise else ""
-    commits = dict.fromkeys(s.settings.get("commit") or results.machine.get("commit") or "?" for s in sections)
-    where = ", ".join(filter(None, [results.title, results.condition, f"commit {' and '.join(commits)}", when]))
+    where = ", ".join(filter(None, [results.title, results.condition(*benches), results.origin(*benches)]))
     return f"{where}.{warning}\n"
-
-
-def _has(section: Result, benches: tuple[str, ...]) -> bool:
-    return any(row.get("bench") in benches for row in section.rows)
 
 
 def speed(results: MachineResults) -> str:
     """Optimizer by profile: our milliseconds, and the best torch form's time over ours."""
     rows = [r for r in step_rows(results) if r["status"] == "ok" and r["precision"] == "fp32"]
-    cells = {(ours["optimizer"], ours["profile"]): (ours, ratio) for ours, _, ratio in best_torch(rows)}
+    cells = {(ours["optimizer"], ours["profile"]): (ours, label, ratio) for ours, label, ratio in best_torch(rows)}
     if not cells:
         return ""
     profiles = list(dict.fromkeys(profile for _, profile in cells))
@@ -53,52 +47,112 @@ def speed(results: MachineResults) -> str:
         line = [optimizer]
         for profile in profiles:
             cell = cells.get((optimizer, profile))
-            line.append(f"{_ratio(cell[1])} ({number(cell[0]['median_ms'])} ms)" if cell else "")
+            line.append(f"{_ratio(cell[2])} ({number(cell[0]['median_ms'])} ms)" if cell else "")
         lines.append(line)
     copy = max((s.bandwidth.get("copy") or 0 for s in results.sections.values()), default=0)
     text = "One float32 step: torch's best form (fused, foreach or for-loop) over ours, and our time."
     bandwidth = f" Measured copy: {copy:,.1f} GB/s."
-    return f"{text}{bandwidth} {_source(results, 'step', 'compare')}\n" + markdown(["", *profiles], lines)
+    table = markdown(["", *profiles], lines)
+    first = not_first([(f"{o} {p}", *cells[o, p][1:]) for o, p in cells])
+    return f"{text}{bandwidth} {_source(results, 'step', 'compare')}\n{table}\n{first}"
+
+
+def not_first(cells: Iterable[tuple[str, str, float]], margin: float = 0.97) -> str:
+    """Of (where, who, their time over ours): in how many ours is first, and the list of the others, the worst first."""
+    cells = sorted(cells, key=lambda cell: cell[2])
+    slower = [cell for cell in cells if cell[2] < margin]
+    if not slower:
+        return f"Ours is first, within 3 %, in each of {len(cells)} cells.\n"
+    first = f"Ours is first, within 3 %, in {len(cells) - len(slower)} of {len(cells)} cells; not first:"
+    return "\n".join([first, *_bullets(f"{w}: {who} takes {1 - r:.0%} less time" for w, who, r in slower)]) + "\n"
 
 
 def pipeline(results: MachineResults) -> str:
-    cells = best_torch([r for r in results.rows("pipeline") if r["status"] == "ok"])
+    rows = [r for r in results.rows("pipeline") if r["status"] == "ok"]
+    cells = best_torch(rows)
     if not cells:
         return ""
-    lines = [
-        [f"{ours['optimizer']}, {ours['profile']}", _ratio(ratio), f"{number(ours['median_ms'])} ms"]
-        for ours, _, ratio in cells
-    ]
-    text = "Unscale + inf check + clip + step: torch's GradScaler, clip_grad_norm_ and best step over ours."
-    return f"{text} {_source(results, 'pipeline')}\n" + markdown(["", "speed-up", "ours"], lines)
+    lines = []
+    for ours, label, ratio in cells:
+        mine = [r for r in rows if (r["optimizer"], r["profile"]) == (ours["optimizer"], ours["profile"])]
+        both = (ours, next(r for r in mine if r["label"] == label))
+        costs = [f"{number(r['median_ms'])} ms, {r['model_bytes']:.0f} B" for r in both]
+        lines.append([f"{ours['optimizer']}, {ours['profile']}", _ratio(ratio), *costs, label])
+    text = (
+        "Unscale + inf check + clip + step: torch's GradScaler.unscale_, clip_grad_norm_ and best step over ours, with "
+        "the bytes that each must move per element."
+    )
+    table = markdown(["", "speed-up", "ours", "torch's", "its step"], lines)
+    first = not_first((f"{o['optimizer']} {o['profile']}", label, ratio) for o, label, ratio in cells)
+    return f"{text} {_source(results, 'pipeline')}\n{table}\n{first}"
+
+
+def clip(results: MachineResults) -> str:
+    """Norm and clipping functions alone, by shape."""
+    from .gradients import FUNCTIONS
+
+    rows = [r for r in results.rows(*FUNCTIONS) if r["status"] == "ok" and r["precision"] == "fp32"]
+    cells = {(ours["bench"], ours["profile"]): (ours, ratio) for ours, _, ratio in best_torch(rows)}
+    if not cells:
+        return ""
+    names = [name for name in FUNCTIONS if any(bench == name for bench, _ in cells)]
+    lines = []
+    for shape in dict.fromkeys(profile for _, profile in cells):
+        found = [cells.get((name, shape)) for name in names]
+        lines.append([shape, *(f"{_ratio(c[1])} ({number(c[0]['median_ms'])} ms)" if c else "" for c in found)])
+    text = "Functions on gradients alone, float32: the time of torch.nn.utils' over ours, and our time."
+    table = markdown(["", *names], lines)
+    first = not_first((f"{name} {shape}", "torch", ratio) for (name, shape), (_, ratio) in cells.items())
+    return f"{text} {_source(results, *FUNCTIONS)}\n{table}\n{first}"
 
 
 def compare(results: MachineResults) -> str:
-    """System by optimizer: lowest and highest ratio over the profiles; then, in words, where ours is not first."""
+    """For each storage: system by optimizer, lowest and highest ratio over the profiles; then, in words, where ours is
+    not first."""
+    rows = results.rows("compare")
+    parts = [_compared(rows, precision) for precision in dict.fromkeys(r["precision"] for r in rows)]
+    if not any(parts):
+        return ""
+    profiles = ", ".join(dict.fromkeys(r["profile"] for r in rows if r["precision"] == "fp32"))
+    text = (
+        f"Steps: the competitor's time over ours, lowest and highest over the profiles ({profiles} for float32). A "
+        "system is asked for the nearest it has: one without masters or 8-bit states does less."
+    )
+    return f"{text} {_source(results, 'compare')}\n" + "\n".join(filter(None, parts))
+
+
+def _compared(everything: list[dict[str, Any]], precision: str) -> str:
     from .commands.compare import verdict
 
-    rows = [r for r in results.rows("compare") if r["system"] != "fused" and r["precision"] == "fp32"]
+    mine = [r for r in everything if r["precision"] == precision]
+    rows = [r for r in mine if r["system"] != "fused"]
     timed = [r for r in rows if r["status"] == "ok" and r.get("ratio")]
-    if not timed:
-        return ""
     optimizers = list(dict.fromkeys(r["optimizer"] for r in timed))
     lines = []
     for system in dict.fromkeys(r["system"] for r in rows):
-        mine = [r for r in timed if r["system"] == system]
-        if not mine:
+        its = [r for r in timed if r["system"] == system]
+        if not its:
             if all(r["status"] == "not installed" for r in rows if r["system"] == system):
                 lines.append([f"{system} (not installed)", *[""] * len(optimizers)])
             continue
-        version = (mine[0].get("version") or "").partition("+")[0]
+        version = (its[0].get("version") or "").partition("+")[0]
         line = [f"{system} {version}"]
         for optimizer in optimizers:
-            ratios = [float(r["ratio"]) for r in mine if r["optimizer"] == optimizer]
-            line.append(f"{_ratio(min(ratios))} - {_ratio(max(ratios))}" if ratios else "")
+            ratios = [float(r["ratio"]) for r in its if r["optimizer"] == optimizer]
+            line.append(_range(ratios))
         lines.append(line)
-    first, *slower = verdict([Row(**r) for r in results.rows("compare") if r["precision"] == "fp32"])
-    text = "Float32 steps: the competitor's time over ours, lowest and highest over the profiles."
-    table = markdown(["", *optimizers], lines)
-    return f"{text} {_source(results, 'compare')}\n{table}\n" + "\n".join([_sentence(first), *_bullets(slower)]) + "\n"
+    if not timed:
+        return ""
+    first, *slower = verdict([Row(**r) for r in mine])
+    table = markdown([precision, *optimizers], lines)
+    return f"{table}\n" + "\n".join([_sentence(first), *_bullets(slower)]) + "\n"
+
+
+def _range(ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    low, high = _ratio(min(ratios)), _ratio(max(ratios))
+    return low if low == high else f"{low} - {high}"
 
 
 def _sentence(text: str) -> str:
@@ -146,7 +200,8 @@ def goals(results: MachineResults) -> str:
     lines = []
     for goal in records:
         sign = "at most" if goal["at_most"] else "at least"
-        line = [goal["goal"], f"{sign} {goal['bound']:g} {goal['unit']}", *_measured(goal, ""), goal["verdict"]]
+        of = f" (commit {goal['commit']}, {goal['when'][:10]})" if goal.get("when") else ""
+        line = [goal["goal"], f"{sign} {goal['bound']:g} {goal['unit']}", *_measured(goal, ""), goal["verdict"] + of]
         lines.append([*line, *_measured(goal, "beside_"), goal.get("beside_verdict", "")] if beside else line)
     columns = ["goal", "bound", "measured", ""]
     text = ""
@@ -194,6 +249,7 @@ def decay(results: MachineResults) -> str:
 TABLES: dict[str, Callable[[MachineResults], str]] = {
     "speed": speed,
     "pipeline": pipeline,
+    "clip": clip,
     "compare": compare,
     "memory": memory,
     "host": host,

@@ -37,11 +37,6 @@ class Stats:
     def of(cls, values: Sequence[float]) -> Stats:
         return cls(statistics.median(values), quantile(values, 0.2), quantile(values, 0.8), min(values), len(values))
 
-    @property
-    def spread(self) -> float:
-        """(p80 - p20) / median: how noisy the run was."""
-        return (self.p80 - self.p20) / self.median if self.median else 0.0
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -154,8 +149,13 @@ def make_clock(device: torch.device, cold_bytes: int = 0) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock(cold_bytes)
 
 
-def interleave(sides: Sequence[Side], clock: Clock, budget: Budget) -> dict[str, Timed]:
-    """Warm up, then rounds until the budget is spent; each starts at another side, every other one runs backwards."""
+def interleave(
+    sides: Sequence[Side], clock: Clock, budget: Budget, stop_at: float = float("inf")
+) -> dict[str, Timed]:
+    """Warm up, then rounds until the budget is spent; each starts at another side, every other one runs backwards.
+
+    After `stop_at` (of time.perf_counter()) there are no more than the fewest rounds.
+    """
     results = {side.system: Timed() for side in sides}
     spent = dict.fromkeys(results, 0.0)
 
@@ -171,12 +171,14 @@ def interleave(sides: Sequence[Side], clock: Clock, budget: Budget) -> dict[str,
     try:
         for _ in range(budget.warmup):
             for side in sides:
-                if spent[side.system] < budget.seconds:
+                if spent[side.system] < budget.seconds and time.perf_counter() < stop_at:
                     sample(side)
         spent = dict.fromkeys(results, 0.0)
         active = list(sides)
         for round_ in range(budget.max_rounds):
             if round_ >= budget.fewest:
+                if time.perf_counter() > stop_at:
+                    break
                 active = [side for side in active if spent[side.system] <= 4 * budget.seconds]
             total = sum(spent[side.system] for side in active)
             if len(active) < min(2, len(sides)) or (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -20,16 +21,18 @@ pytest.importorskip("benchmarks", reason="needs the checkout")
 from benchmarks import goals, timing  # noqa: E402
 from benchmarks.__main__ import main, make_parser  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
-from benchmarks.commands import common, converge  # noqa: E402
+from benchmarks.commands import common, converge, everything  # noqa: E402
 from benchmarks.commands.compare import verdict  # noqa: E402
 from benchmarks.commands.everything import plan, share_of  # noqa: E402
 from benchmarks.decay import VARIANTS, cells_of, measure  # noqa: E402
+from benchmarks.limit import TimeUpError, broken_off_after  # noqa: E402
 from benchmarks.load import Busy, company  # noqa: E402
-from benchmarks.problem import Side  # noqa: E402
+from benchmarks.measure import Session  # noqa: E402
+from benchmarks.problem import NotAvailable, Side  # noqa: E402
 from benchmarks.report import Result, Row  # noqa: E402
 from benchmarks.store import MachineResults  # noqa: E402
-from benchmarks.systems import get_systems  # noqa: E402
-from benchmarks.tables import TABLES  # noqa: E402
+from benchmarks.systems import SYSTEMS, System, get_systems  # noqa: E402
+from benchmarks.tables import TABLES, not_first  # noqa: E402
 
 MACHINE = {"device": "cpu", "cpu": "Paper CPU", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": "abc"}
 
@@ -66,7 +69,7 @@ def test_step_in_company_says_so_everywhere(tmp_path: Path, capsys: pytest.Captu
     assert "SGD (sgd), fp32, cpu, beside 1 busy process" in capsys.readouterr().out
     result = Result.load(tmp_path / "step-beside-1.json")
     assert result.settings["beside"] == 1 and all(row["beside"] == 1 for row in result.rows)
-    assert MachineResults.collect(tmp_path).condition == "beside 1 busy process"
+    assert MachineResults.collect(tmp_path).condition() == "beside 1 busy process"
 
 
 def test_targets_measure_timed_goals_in_both_conditions(
@@ -105,6 +108,62 @@ def test_every_line_of_the_plan_can_be_run_and_gets_its_share(gpu: bool, quick: 
     assert share_of(100, lines[-1:]) == 125 and share_of(-5, lines) == 1
 
 
+def test_what_takes_too_long_is_broken_off() -> None:
+    with pytest.raises(TimeUpError), broken_off_after(0.05):
+        time.sleep(600)
+    with broken_off_after(600):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+def test_a_line_of_the_plan_that_is_broken_off_keeps_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stuck(case: Any, _problem: Any, _options: Any) -> Side:
+        if case.key == "adamw":
+            signal.raise_signal(signal.SIGALRM)  # as if it had compiled for an hour
+        raise NotAvailable("not there")
+
+    monkeypatch.setitem(SYSTEMS, "stuck", System("stuck", "stuck", stuck))
+    lines = [everything.Line(1, text) for text in ("step --opt sgd,adamw,lion --shape 3x64 --vs stuck", "env")]
+    monkeypatch.setattr(everything, "plan", lambda *_: lines)
+    assert main(["all", "--limit", "500", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "broken off by the time limit" in output and "=== env" in output
+    result = Result.load(tmp_path / "step.json")
+    assert [(r["optimizer"], r["status"]) for r in result.rows if r["system"] == "fused"] == [("sgd", "ok")]
+    assert "broken off by the time limit" in result.warnings
+
+
+def test_no_line_begins_after_the_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "run_line", lambda *_: time.sleep(0.02) or 0)
+    _results(tmp_path)
+    assert main(["all", "--quick", "--limit", "0.01", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "time limit of 0.01 s: left out: step; pipeline;" in capsys.readouterr().out
+
+
+def _results(folder: Path) -> None:
+    Result("step", MACHINE, {}, [vars(_row("fused", "a", 1.0))]).save(folder)
+
+
+def test_cells_share_the_time_that_is_left() -> None:
+    session = Session(torch.device("cpu"), timing.Budget(), Bandwidth(1.0, 1.0, None, 1), planned=4)
+    assert session.part() == float("inf") and not session.is_over()
+    session.planned, now = 4, time.perf_counter()
+    session.deadline = now + 8.0
+    assert session.part() == pytest.approx(now + 3.0, abs=0.5) and session.planned == 3
+    session.leave_out("a", "b")
+    assert session.part() == pytest.approx(now + 12.0, abs=0.5)  # the last one: nobody else needs it
+    session.deadline = now - 1.0
+    assert session.is_over() and session.left_out == ["a", "b"]
+    calls: list[int] = []
+    budget = timing.Budget(seconds=60, min_rounds=9, fewest=3, max_rounds=50, warmup=2)
+    timing.interleave([Side("a", "a", [], lambda: calls.append(1))], timing.CpuClock(), budget, stop_at=now)
+    assert len(calls) == 3
+
+
 def test_a_slow_system_sits_out_and_the_others_go_on() -> None:
     class Clock:
         def sample(self, step: Any, _prepare: Any) -> timing.Sample:
@@ -131,7 +190,7 @@ def test_a_slow_system_sits_out_and_the_others_go_on() -> None:
 def test_rows_of_different_conditions_are_not_mixed() -> None:
     rows = [{"bench": "step", "median_ms": 1.0}, {"bench": "step", "median_ms": 9.0, "beside": 2}]
     results = MachineResults(MACHINE, {"step": Result("step", MACHINE, {}, rows)})
-    assert [r["median_ms"] for r in results.rows("step")] == [1.0] and not results.condition
+    assert [r["median_ms"] for r in results.rows("step")] == [1.0] and not results.condition()
 
 
 # ---- trainings ----
@@ -205,6 +264,54 @@ def test_publishing_keeps_what_the_folder_lacks(monkeypatch: pytest.MonkeyPatch,
         assert main(["publish", str(tmp_path / folder), "--results", str(tmp_path / "results")]) == 0
     (path,) = (tmp_path / "results").glob("*.json")
     assert set(MachineResults.load(path).sections) == {"converge", "step"}
+
+
+def test_what_a_limit_leaves_out_stays_published_with_its_commit_and_date() -> None:
+    def row(profile: str, ms: float) -> dict[str, Any]:
+        return vars(_row("fused", profile, ms))
+
+    def goal(text: str, value: float | None, how: str = "") -> dict[str, Any]:
+        verdict = "met" if value else "not available"
+        return {"goal": text, "bound": 1, "unit": "x", "at_most": False, "value": value, "verdict": verdict, "how": how}
+
+    old_goals = [goal("a", 3.0), goal("b", 4.0)]
+    old = MachineResults(
+        MACHINE,
+        {
+            "compare": Result("compare", MACHINE, {}, [row("x", 1.0), row("y", 2.0), row("z", 3.0)],
+                              settings={"commit": "old"}, when="2026-01-02T03:04Z"),
+            "host": Result("host", MACHINE, {}, [row("h", 1.0)], settings={"commit": "old"}, when="2026-01-02T03:04Z"),
+            "targets": Result("targets", MACHINE, {}, [], [], {"commit": "old"}, old_goals, "2026-01-02T03:04Z"),
+        },
+    )  # fmt: skip
+    new_goals = [goal("a", None, "time limit"), goal("b", None, "needs more memory"), goal("c", None, "time limit")]
+    settings = {"commit": "new", "left_out": ["compare adamw fp32 y"]}
+    new = MachineResults(
+        MACHINE,
+        {
+            "compare": Result("compare", MACHINE, {}, [row("x", 5.0)], settings=settings, when="2026-02-03T04:05Z"),
+            "host": Result("host", MACHINE, {}, [], settings={"commit": "new"}, when="2026-02-03T04:05Z"),
+            "targets": Result("targets", MACHINE, {}, [], [], {"commit": "new"}, new_goals, "2026-02-03T04:05Z"),
+        },
+    )
+    both = new.with_earlier(old)
+    rows = both.sections["compare"].rows
+    assert [(r["profile"], r["median_ms"], r["commit"]) for r in rows] == [("x", 5.0, ""), ("y", 2.0, "old")]
+    assert both.sections["host"].rows[0]["profile"] == "h"  # nothing was measured this time
+    assert [g["value"] for g in both.sections["targets"].goals] == [3.0, None, None]
+    assert "| met (commit old, 2026-01-02) |" in TABLES["goals"](both)
+    assert both.origin("compare") == "commit new and old, 2026-01-02 and 2026-02-03"
+    again = both.with_earlier(old)
+    assert again.sections["compare"].rows == rows
+
+
+def test_losses_are_listed_from_the_data() -> None:
+    assert not_first([("a", "torch", 0.99)]) == "Ours is first, within 3 %, in each of 1 cells.\n"
+    text = not_first([("a", "torch", 0.9), ("b", "torch", 2.0), ("c", "torch", 0.5)])
+    assert text.splitlines() == [
+        "Ours is first, within 3 %, in 1 of 3 cells; not first:", "",
+        "- c: torch takes 50% less time", "- a: torch takes 10% less time",
+    ]  # fmt: skip
 
 
 def _row(system: str, profile: str, ms: float, ratio: float | None = None) -> Row:

@@ -20,12 +20,14 @@ import fused  # noqa: E402
 
 pytest.importorskip("benchmarks", reason="needs the checkout")
 
-from benchmarks import timing  # noqa: E402
+from benchmarks import goals, timing  # noqa: E402
 from benchmarks.__main__ import COMMANDS, main, make_parser  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.cases import CASES, MAIN, Case, Precision, get_cases, held_bytes, step_bytes  # noqa: E402
+from benchmarks.commands import host, kernel  # noqa: E402
 from benchmarks.gate import STEPS, Verdict, check  # noqa: E402
 from benchmarks.goals import cpu_goals, gpu_goals  # noqa: E402
+from benchmarks.gradients import FUNCTIONS, GradientSides, gradient_cells, tolerance  # noqa: E402
 from benchmarks.measure import Session  # noqa: E402
 from benchmarks.problem import NotAvailable, Problem, Side, storage_bytes, total_norm  # noqa: E402
 from benchmarks.report import Result, Row, number, plain_table  # noqa: E402
@@ -210,14 +212,34 @@ def test_gate_passes_the_pipelines_and_notices_a_missing_clip(key: str) -> None:
     assert isinstance(wrong, Verdict) and (not wrong.ok or key == "lion")  # Lion hardly sees the gradient's size
 
 
-def test_gradient_kernels_are_checked() -> None:
-    from benchmarks.commands.kernel import gradient_cell
-
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_gradient_functions_pass_their_check(dtype: str) -> None:
     session = Session(torch.device("cpu"), timing.Budget(0.01, 3, 5, 1), Bandwidth(10.0, 10.0, None, 1))
-    for name in ("total norm", "clip_grad_norm_"):
-        rows = gradient_cell(SimpleNamespace(device=session.device, session=session), name, TINY, Precision())
-        assert [r.status for r in rows] == ["ok", "ok"] and not session.wrong
-        assert all(r.error is not None and r.error < 1e-5 for r in rows)
+    rows = gradient_cells(session, TINY, Precision(dtype))
+    assert [r.bench for r in rows[::2]] == list(FUNCTIONS) and not session.wrong
+    assert all(r.ok and r.error is not None and (r.median_ms or 0) > 0 for r in rows), rows
+    assert all(r.error < (1e-5 if dtype != "bf16" else 5e-3) for r in rows[::2])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("mistake", ["nothing", "half", "tail"])
+def test_gradient_functions_that_err_are_noticed(name: str, mistake: str) -> None:
+    problem = Problem(TINY, Precision())
+    made = GradientSides(problem)
+    side = made.make("fused", FUNCTIONS[name])
+    right = side.step
+
+    def wrong() -> object:
+        if mistake == "nothing":
+            return torch.zeros(()) if name == "get_total_norm" else None
+        norm = right()
+        for p in side.params:
+            assert p.grad is not None
+            p.grad[-1:].mul_(3.0) if mistake == "tail" else p.grad.mul_(0.5)
+        return norm
+
+    side.step = wrong
+    assert not made.error(side, FUNCTIONS[name]) < tolerance("fused", torch.float32)
 
 
 @pytest.fixture
@@ -226,15 +248,55 @@ def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
 
 
-def test_a_wrong_result_gives_no_number_and_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_bandwidth: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def build(case: Case, problem: Problem, options: Options) -> Side:
+def _plant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer, a pipeline and functions of this package that err, each in its way."""
+    from benchmarks.commands.pipeline import PIPELINE
+
+    def build(case: Case, problem: Problem, _options: Options) -> Side:
         side = side_of(_Wrong, problem, mistake="sign", **case.kwargs)
         side.system = "fused"
         return side
 
     monkeypatch.setitem(SYSTEMS, "fused", System("fused", "planted", build))
+    monkeypatch.setitem(PIPELINE, "fused", build)
+    for name in FUNCTIONS:
+        monkeypatch.setattr(fused, name, lambda *_: torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["step", "--opt", "adamw", "--shape", "3x64", "--vs", "torch.loop"],
+        ["compare", "--opt", "adamw", "--shape", "3x64", "--vs", "torch.loop"],
+        ["pipeline", "--shape", "3x64"],
+        ["host", "--vs", "none"],
+        ["kernel", "--opt", "adamw", "--n", "4096", "--what", "update"],
+        ["kernel", "--what", "size"],
+        ["kernel", "--what", "gradient"],
+        ["targets", "--match", "AdamW"],
+        ["targets", "--match", "clip_grad_norm_ alone: no"],
+    ],
+    ids=lambda a: " ".join(a[:1] + [w for w in a if w in ("update", "size", "gradient") or "clip" in w]),
+)
+def test_every_command_that_times_refuses_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, no_bandwidth: None, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    _plant(monkeypatch)
+    monkeypatch.setattr(kernel, "CPU_GRADIENTS", ("3x64",))
+    monkeypatch.setattr(kernel, "PRECISIONS", (Precision(),))
+    monkeypatch.setattr(kernel, "size_exponents", lambda *_: range(12, 13))
+    monkeypatch.setattr(host, "COUNTS", (1, 3))
+    few = [goals._never_slower(("clip_grad_norm_",), 1.0, ("3x64",)), goals._best_torch("adamw", "1x1", 1.0)]
+    monkeypatch.setattr(goals, "cpu_goals", lambda: few)
+    assert main([*arguments, "--seconds", "0.01", "--device", "cpu"]) == 1
+    output = capsys.readouterr().out
+    assert "WRONG RESULT, not timed" in output, output
+
+
+def test_a_wrong_result_gives_no_number_and_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_bandwidth: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _plant(monkeypatch)
     arguments = ["step", "--opt", "adamw", "--shape", "3x64", "--vs", "torch.loop", "--seconds", "0.01"]
     assert main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "WRONG RESULT" in capsys.readouterr().out
@@ -412,9 +474,9 @@ def test_every_command_has_help() -> None:
 
 
 def test_goals_are_well_formed() -> None:
-    for goals in (cpu_goals(), gpu_goals(None), gpu_goals("triton")):
-        assert all(g.bound > 0 and g.unit in ("x", "%", "ms", "B") for g in goals)
-        assert len({g.text for g in goals}) == len(goals)
+    for every in (cpu_goals(), gpu_goals(None), gpu_goals("triton")):
+        assert all(g.bound > 0 and g.unit in ("x", "%", "ms", "B") for g in every)
+        assert len({g.text for g in every}) == len(every)
     goal = cpu_goals()[0]
     assert goal.met(goal.bound) and not goal.met(goal.bound * 0.99)
 

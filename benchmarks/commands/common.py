@@ -13,12 +13,13 @@ import torch
 
 from ..bandwidth import Bandwidth, measure_bandwidth
 from ..cases import Precision
+from ..limit import TimeUpError, disarm
 from ..load import Busy, company
 from ..machine import Watch, describe, last_level_cache, title
 from ..measure import Session, settings
 from ..report import Result, Row, number, percent, say, show_table, times, warn
 from ..shapes import Profile, get_profile, parse_count, shrink
-from ..systems import Options
+from ..systems import Options, System, get_systems
 from ..timing import Budget
 
 
@@ -59,6 +60,16 @@ def profiles_of(args: argparse.Namespace, default: Sequence[str], quick: Sequenc
     names = [n for text in (args.profile, args.shape) if text for n in text.split(",")]
     profiles = [get_profile(n) for n in names or (quick if args.quick else default)]
     return [shrink(p, parse_count(args.n)) for p in profiles] if args.n else profiles
+
+
+def systems_of(args: argparse.Namespace) -> list[System]:
+    """Those of --vs; a quick run has no time for those of 'all' that compile first."""
+    systems = get_systems(args.vs)
+    late = [s.key for s in systems if s.compiles and s.installed() and s.key not in args.vs.split(",")]
+    if not args.quick or not late:
+        return systems
+    say(f"left out of a quick run, for they compile at their first step: {', '.join(late)} (--vs names systems)")
+    return [s for s in systems if s.key not in late]
 
 
 class Run:
@@ -113,11 +124,17 @@ class Run:
             self.keep_company()
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        """Says and saves what was measured, also where the time was up in the middle of it."""
+        broken_off = kind is not None and issubclass(kind, TimeUpError)
+        if broken_off:
+            disarm()
         self.alone()
         self.watch.__exit__()
-        if kind is not None:
-            return
+        if kind is not None and not broken_off:
+            return False
+        if broken_off:
+            self.session.warnings.append("broken off by the time limit")
         for text in self._warnings():
             warn(text)
         for text in self.session.wrong:
@@ -127,6 +144,12 @@ class Run:
         self.save()
         if self.result and self.out:
             say(f"wrote {self.out / self.name}.json")
+        return broken_off
+
+    def keep(self, rows: list[Row]) -> list[Row]:
+        """The rows, from now on part of the result."""
+        self.rows += rows
+        return rows
 
     def keep_company(self) -> None:
         """From here on --beside's processes run, and rows say so."""
@@ -147,7 +170,8 @@ class Run:
             some = "; ".join(noisy[:3]) + (" ..." if len(noisy) > 3 else "")
             warnings.append(f"noisy (p20 to p80 wider than 30 %): {len(noisy)} of {self.session.cells} timings: {some}")
         if left_out := self.session.left_out:
-            warnings.append(f"time limit: {left_out} cells left out")
+            some = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")
+            warnings.append(f"time limit: {len(left_out)} cells left out: {some}")
         return warnings
 
     def save(self) -> None:
@@ -157,6 +181,8 @@ class Run:
         conditions = settings(session) | {
             "beside": self.beside, "threads": torch.get_num_threads(), "commit": self.machine["commit"]
         }  # fmt: skip
+        if session.left_out:
+            conditions["left_out"] = session.left_out
         self.result = Result(
             self.command, self.machine, session.bandwidth.as_dict(), rows, self._warnings(), conditions, session.goals
         )

@@ -10,8 +10,7 @@ from ..cases import Precision, get_cases
 from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, Row, number, say, show_table, times, warn
-from ..systems import get_systems
-from .common import Run, add_beside, add_common, profiles_of, show_rows
+from .common import Run, add_beside, add_common, profiles_of, show_rows, systems_of
 from .step import default_profiles
 
 HELP = "every optimizer both have, against every competitor importable here"
@@ -91,23 +90,22 @@ def same_cell(a: Row, b: Row) -> bool:
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
-    systems = get_systems(args.vs)
+    systems = systems_of(args)
     precisions = {"fp32": PRECISIONS[:1], "low": PRECISIONS[1:], "all": PRECISIONS}[args.precision]
     name = "compare" if args.precision == "fp32" else f"compare-{args.precision}"
     run_ = Run("compare", args, name=name)
-    with run_, Progress("compare", len(cases) * len(profiles) * len(precisions)) as progress:
+    run_.session.planned = len(cases) * len(profiles) * len(precisions)
+    with run_, Progress("compare", run_.session.planned) as progress:
         for precision in precisions:
             for case in cases:
                 rows = []
                 for profile in profiles:
                     progress(f"{case} {precision.name} {profile.name}")
                     try:
-                        rows += measure_cell(
-                            run_.session, case, Problem(profile, precision, run_.device), systems, "compare"
-                        )
+                        problem = Problem(profile, precision, run_.device)
+                        rows += run_.keep(measure_cell(run_.session, case, problem, systems, "compare"))
                     except (NotAvailable, MemoryError) as reason:
                         warn(f"{case} {profile.name}: {reason}")
-                run_.rows += rows
                 shown = [r for r in rows if r.ok or r.system == "fused" or r.status.startswith("wrong")]
                 heading = run_.heading(f"{case.cls}, {precision.name}, {run_.device.type}")
                 show_rows(heading, shown, absent(rows))

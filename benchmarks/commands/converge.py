@@ -51,7 +51,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_dec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    parser.add_argument("--steps", type=int, help="training steps (default: 1000, --quick: 60)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 1000, --quick: 30)")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3, --quick: 2)")
     parser.add_argument("--size", choices=["tiny", "small", "medium"], default="tiny", help="of the demo's model")
     parser.add_argument("--what", default="loss,decay", help="comma list of: loss, decay")
@@ -165,13 +165,13 @@ def show_loss(records: Sequence[dict[str, Any]]) -> None:
     )
 
 
-class TimeUpError(RuntimeError):
+class LimitError(RuntimeError):
     """The run's time limit came before the end of a training."""
 
 
 def _tell(progress: Progress, deadline: float, what: str, step: int) -> None:
     if time.perf_counter() > deadline:
-        raise TimeUpError
+        raise LimitError
     progress(f"{what}, step {step}")
 
 
@@ -195,12 +195,15 @@ def train_missing(run: Run, args: argparse.Namespace, steps: int, seeds: int) ->
     done = {(r["format"], r["seed"]) for r in records}
     missing = [(seed, form) for seed in range(seeds) for form in formats if (form.label, seed) not in done]
     with Progress("converge", len(missing) * steps) as progress:
-        for seed, form in missing:
+        for i, (seed, form) in enumerate(missing):
+            if run.session.is_over():
+                run.session.leave_out(*(f"{form.label}, seed {seed}" for seed, form in missing[i:]))
+                break
             on_step = partial(_tell, progress, run.session.deadline, f"{form.label}, seed {seed}")
             try:
                 record = train(run, form, args.size, steps, seed, on_step)
-            except TimeUpError:
-                run.session.left_out += 1
+            except LimitError:
+                run.session.leave_out(f"{form.label}, seed {seed}")
                 continue
             if record:
                 records.append(record)
@@ -215,7 +218,7 @@ def in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    steps = args.steps or (60 if args.quick else 1000)
+    steps = args.steps or (30 if args.quick else 1000)
     seeds = args.seeds or (2 if args.quick else 3)
     run_ = Run("converge", args, timed=False)
     what = args.what.split(",")
@@ -223,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
         losses = train_missing(run_, args, steps, seeds) if "loss" in what else []
         if losses:
             show_loss(losses)
-        decays = measure_decay(run_.device) if "decay" in what else []
+        decays = measure_decay(run_.device, args.quick) if "decay" in what else []
         if decays:
             show_decay(decays)
         run_.records = [*losses, *decays]

@@ -20,8 +20,8 @@ from ..measure import measure_cell
 from ..problem import Problem, Side
 from ..report import Progress, Row, number, show_table, times
 from ..shapes import get_profile
-from ..systems import SYSTEMS, System, get_systems
-from .common import Run, add_beside, add_case_arguments, add_common, precision_of
+from ..systems import SYSTEMS, System
+from .common import Run, add_beside, add_case_arguments, add_common, precision_of, systems_of
 
 HELP = "time the host side of a step against the number of tensors"
 COUNTS = (1, 10, 100, 1000, 10_000)
@@ -108,17 +108,17 @@ def measure_host(
 
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
-    systems = get_systems(args.vs)
+    systems = systems_of(args)
     counts = COUNTS[:-1] if args.quick else COUNTS
     run_ = Run("host", args)
-    with run_, Progress("host", len(cases) * len(counts) * 2) as progress:
+    run_.session.planned = len(cases) * len(counts) * 2
+    with run_, Progress("host", run_.session.planned) as progress:
         for case in cases:
             rows = []
             for count in counts:
                 for fresh in (False, True):
                     progress(f"{case} {count} tensors{' fresh' if fresh else ''}")
-                    rows += measure_host(run_, case.key, count, systems, fresh, args)
-            run_.rows += rows
+                    rows += run_.keep(measure_host(run_, case.key, count, systems, fresh, args))
             cells = [
                 [
                     f"{r.tensors:,}",

@@ -7,7 +7,6 @@ import argparse
 import ctypes
 import gc
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import torch
 from ..cases import MASTER_BYTES, Case, Precision, get_cases, held_bytes
 from ..measure import gpu_footprint
 from ..problem import NotAvailable, Problem, Side
-from ..report import Progress, Row, number, show_table
+from ..report import Progress, Row, cell_name, number, show_table
 from ..shapes import Profile, get_profile
-from ..systems import SYSTEMS, Options, System, get_systems
-from .common import Run, add_common
+from ..systems import SYSTEMS, Options, System
+from .common import Run, add_common, systems_of
 
 HELP = "bytes per parameter held by each optimizer and storage format, and the peak during a step"
 PRECISIONS = (
@@ -110,7 +109,7 @@ def model_error(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
-    others = get_systems(args.vs)
+    others = systems_of(args)
     systems = [SYSTEMS["fused"], *(s for s in others if s.key not in ("torch.foreach", "torch.compile"))]
     profile = get_profile(args.profile)
     run_ = Run("memory", args, timed=False)
@@ -119,11 +118,11 @@ def run(args: argparse.Namespace) -> int:
             rows = []
             for precision in PRECISIONS:
                 progress(f"{case} {precision.name}")
-                if time.perf_counter() > run_.session.deadline:
-                    run_.session.left_out += 1
+                if run_.session.is_over():
+                    run_.session.leave_out(cell_name("memory", case.key, precision.name, profile.name))
                     continue
-                rows += [measure_memory(case, precision, system, profile, run_.device) for system in systems]
-            run_.rows += rows
+                measured = [measure_memory(case, precision, system, profile, run_.device) for system in systems]
+                rows += run_.keep(measured)
             cells = [
                 [
                     r.precision,

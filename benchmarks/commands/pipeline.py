@@ -23,6 +23,11 @@ from .common import Run, add_beside, add_case_arguments, add_common, precision_o
 HELP = "time unscale + inf check + clip + step against torch's GradScaler, clip_grad_norm_ and fused step"
 SCALE = 1024.0
 CLIP = 1.0
+PASSES, TORCH_PASSES = 2, 6  # times that an element of the gradients is read or written
+CAPTION = (
+    "B/elem: what the step moves, and one more read of the gradient (norm, inf check and unscale together); "
+    "torch: unscale reads and writes it, the norm reads it, the clip reads and writes it"
+)
 CPU_SHAPES = ("1x32M", "1000x32K", "4000x256")
 GPU_SHAPES = ("huge", "gpt2-xl", "gpt2", "tiny")
 
@@ -60,6 +65,7 @@ def torch_pipeline(form: str) -> Callable[[Case, Problem, Options], Side]:
 
         side = Side(f"torch.{form}", f"torch {form}", params, step, optimizer)
         side.take_private_gradients()
+        side.gradient_passes = TORCH_PASSES
         return side
 
     return build
@@ -87,6 +93,7 @@ def fused_pipeline(case: Case, problem: Problem, options: Options) -> Side:
 
     side = Side("fused", "fused", params, step, optimizer)
     side.take_private_gradients()
+    side.gradient_passes = PASSES
     return side
 
 
@@ -104,17 +111,7 @@ def measure_pipeline(
         return PIPELINE[system.key](case, problem, run.session.options)
 
     systems = [SYSTEMS[f"torch.{form}"] for form in forms]
-    rows = measure_cell(run.session, case, problem, systems, "pipeline", build, clip=CLIP, scale=SCALE)
-    for row in rows:
-        if row.model_bytes is not None and row.gbs:
-            passes = 1 if row.system == "fused" else 5  # ours reads the gradient once more; torch: r+w, r, r+w
-            more = passes * problem.grad_dtype.itemsize
-            row.gbs *= (row.model_bytes + more) / row.model_bytes
-            row.model_bytes += more
-            row.copy_fraction = row.gbs / run.session.bandwidth.copy
-            if run.session.bandwidth.theoretical:
-                row.peak_fraction = row.gbs / run.session.bandwidth.theoretical
-    return rows
+    return measure_cell(run.session, case, problem, systems, "pipeline", build, clip=CLIP, scale=SCALE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,19 +121,15 @@ def run(args: argparse.Namespace) -> int:
     profiles = profiles_of(args, default, quick)
     precision = precision_of(args)
     run_ = Run("pipeline", args)
-    with run_, Progress("pipeline", len(cases) * len(profiles)) as progress:
+    run_.session.planned = len(cases) * len(profiles)
+    with run_, Progress("pipeline", run_.session.planned) as progress:
         for case in cases:
             rows: list[Row] = []
             for profile in profiles:
                 progress(f"{case} {profile.name}")
                 try:
-                    rows += measure_pipeline(run_, case, Problem(profile, precision, run_.device))
+                    rows += run_.keep(measure_pipeline(run_, case, Problem(profile, precision, run_.device)))
                 except (NotAvailable, MemoryError) as reason:
                     warn(f"{case} {profile.name}: {reason}")
-            run_.rows += rows
-            caption = (
-                "bytes per element here: one more read of the gradient (norm, inf check and unscale together); "
-                "torch: unscale reads and writes it, the norm reads it, the clip reads and writes it"
-            )
-            show_rows(run_.heading(f"unscale + clip + {case.cls}, {precision.name}"), rows, caption)
+            show_rows(run_.heading(f"unscale + clip + {case.cls}, {precision.name}"), rows, CAPTION)
     return run_.exit_code

@@ -1,7 +1,7 @@
 """`publish`: take the results in a folder into benchmarks/results (JSON and plots) and bring the README up to date.
 
-What was published of the same machine and is not in the folder stays: a convergence run need not be repeated with
-every timing.
+What was published of the same machine and is not in the folder stays, with its own commit and date: a convergence run
+need not be repeated with every timing, and what a time limit leaves out is not lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     results = MachineResults.collect(args.directory)
     earlier = args.results / f"{results.slug}.json"
     if earlier.exists():
-        results.sections = {**MachineResults.load(earlier).sections, **results.sections}
+        results = results.with_earlier(MachineResults.load(earlier))
     if any(s.settings.get("quick") for s in results.sections.values()):
         warn("these results come from --quick runs: a look, not something to publish")
     say(f"wrote {results.save(args.results)}")

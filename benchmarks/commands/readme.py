@@ -1,9 +1,9 @@
 """`readme`: generate the benchmark tables in README.md and benchmarks/README.md from benchmarks/results; --check: exit
 code 1 if they disagree.
 
-In a file: `<!-- benchmarks: cpu-speed -->` ... `<!-- /benchmarks -->`. Names: speed, pipeline, compare, memory,
-host, goals, quality, decay, each for all machines or with cpu- or gpu- before it; plot-speedup-fp32 and so on for a
-picture.
+In a file: `<!-- benchmarks: cpu-speed -->` ... `<!-- /benchmarks -->`. Names: speed, pipeline, clip, compare,
+memory, host, goals, quality, decay, each for all machines or with cpu- or gpu- before it; plot-speedup-fp32 and so on
+for a picture.
 """
 
 from __future__ import annotations

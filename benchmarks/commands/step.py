@@ -8,12 +8,20 @@ from ..cases import MASTER_BYTES, Case, Precision, get_cases, held_bytes, step_b
 from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, number, warn
-from ..systems import get_systems
-from .common import Run, add_beside, add_case_arguments, add_common, precision_of, profiles_of, show_rows
+from .common import (
+    Run,
+    add_beside,
+    add_case_arguments,
+    add_common,
+    precision_of,
+    profiles_of,
+    show_rows,
+    systems_of,
+)  # fmt: skip
 
 HELP = "time optimizer steps over real models' parameter lists or any shapes"
 CPU_PROFILES = ("gpt2", "resnet50", "lora", "tiny", "1000x32K", "4000x256", "1x32M")
-CPU_QUICK = ("gpt2/8", "tiny", "1000x4K")
+CPU_QUICK = ("gpt2/16", "4000x256", "1000x4K")
 GPU_PROFILES = ("gpt2", "gpt2-xl", "llama3-8b/8", "resnet50", "vit-l", "lora", "tiny", "huge")
 GPU_QUICK = ("gpt2", "tiny", "1x256M")
 
@@ -62,21 +70,21 @@ def run(args: argparse.Namespace) -> int:
     cases = get_cases(args.opt)
     precision = precision_of(args)
     profiles = profiles_of(args, default_profiles(args.device, False), default_profiles(args.device, True))
-    systems = get_systems(args.vs)
+    systems = systems_of(args)
     groups = f"-{args.groups}-groups" if args.groups > 1 else ""
     name = "step" + ("" if precision == Precision() else f"-{precision.file_name}") + groups
     run_ = Run("step", args, name=name)
-    with run_, Progress("step", len(cases) * len(profiles)) as progress:
+    run_.session.planned = len(cases) * len(profiles)
+    with run_, Progress("step", run_.session.planned) as progress:
         for case in cases:
             rows = []
             for profile in profiles:
                 progress(f"{case} {profile.name}")
                 try:
                     problem = Problem(profile, precision, run_.device)
-                    rows += measure_cell(run_.session, case, problem, systems)
+                    rows += run_.keep(measure_cell(run_.session, case, problem, systems))
                 except (NotAvailable, MemoryError) as reason:
                     warn(f"{case} {profile.name}: {reason}")
-            run_.rows += rows
             note = f", {args.groups} groups" if args.groups > 1 else ""
             heading = f"{case.cls} ({case}), {precision.name}{note}, {run_.device.type}"
             show_rows(run_.heading(heading), rows, bytes_line(case, precision))

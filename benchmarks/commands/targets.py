@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     goals = cpu_goals() if args.device == "cpu" else gpu_goals(args.backend)
     goals = [g for g in goals if g.part in parts and match in g.text.lower()]
     run_ = Run("targets", args, both=True)
+    run_.session.planned = sum(g.cells * (2 if run_.beside and g.in_company else 1) for g in goals)
     records: list[dict[str, Any]] = run_.session.goals
     with run_:
         with Progress("targets", len(goals)) as progress:

@@ -9,7 +9,7 @@ from ..store import MachineResults
 from .bandwidth import kernels, roofline, size
 from .costs import host, memory
 from .quality import convergence, goals
-from .speed import pipeline, rivals, speedup
+from .speed import gradients, pipeline, rivals, speedup
 
 FIGURES: tuple[Callable[[MachineResults, Path], list[Path]], ...] = (
     speedup,
@@ -19,6 +19,7 @@ FIGURES: tuple[Callable[[MachineResults, Path], list[Path]], ...] = (
     host,
     memory,
     pipeline,
+    gradients,
     kernels,
     convergence,
     goals,

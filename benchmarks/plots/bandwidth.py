@@ -7,12 +7,14 @@ from pathlib import Path
 from ..store import MachineResults
 from .style import INK, LOOK, MUTED, NAMES, finish, ok_rows, plain_log, pyplot
 
+ROOFLINE = ("step", "compare", "kernel", "size")
+
 
 def roofline(results: MachineResults, out: Path) -> list[Path]:
     """Bytes that must move against time, with the line of the measured copy."""
     rows = [
         r
-        for r in ok_rows(results.rows("step", "compare", "kernel", "size"))
+        for r in ok_rows(results.rows(*ROOFLINE))
         if r.get("model_bytes") and r["system"] in LOOK
     ]
     copy = max((float(s.bandwidth.get("copy") or 0) for s in results.sections.values()), default=0)
@@ -55,7 +57,7 @@ def roofline(results: MachineResults, out: Path) -> list[Path]:
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="upper left")
     note = "on the line: as fast as a copy of the same bytes; below it: served from the cache"
-    return [finish(figure, results, "Time against bytes", out / "roofline.png", note)]
+    return [finish(figure, results, ROOFLINE, "Time against bytes", out / "roofline.png", note)]
 
 
 def size(results: MachineResults, out: Path) -> list[Path]:
@@ -74,7 +76,8 @@ def size(results: MachineResults, out: Path) -> list[Path]:
     axis.axhline(copy, color=INK, linewidth=1, label=f"measured copy, {copy:,.1f} GB/s")
     axis.set_xscale("log", base=2)
     ticks = sorted({r["elements"] for r in rows})
-    axis.set_xticks(ticks[::2], [_power(t) for t in ticks[::2]])
+    shown = ticks[::-2]  # the largest among them
+    axis.set_xticks(shown, [_power(t) for t in shown])
     axis.set_ylim(0, 1.3 * max(copy, *(r["gbs"] for r in rows)))
     axis.grid()
     axis.set_xlabel("elements of the one tensor")
@@ -84,6 +87,7 @@ def size(results: MachineResults, out: Path) -> list[Path]:
         finish(
             figure,
             results,
+            ("size",),
             "AdamW, float32: bandwidth against size",
             out / "size.png",
             "one tensor, python and launch included on a CPU",
@@ -123,4 +127,4 @@ def kernels(results: MachineResults, out: Path) -> list[Path]:
     for side in axis.spines.values():
         side.set_visible(False)
     note = f"one tensor, {rows[0]['profile']} · share of the measured copy bandwidth, and the time"
-    return [finish(figure, results, "Update kernels by storage", out / "kernels.png", note)]
+    return [finish(figure, results, ("kernel",), "Update kernels by storage", out / "kernels.png", note)]

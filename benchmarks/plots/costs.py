@@ -43,6 +43,7 @@ def host(results: MachineResults, out: Path) -> list[Path]:
         finish(
             figure,
             results,
+            ("host", "host fresh"),
             "Host time of a step, AdamW",
             out / "host.png",
             "what is left when there is nothing to compute",
@@ -87,4 +88,4 @@ def memory(results: MachineResults, out: Path) -> list[Path]:
     axis.grid(axis="x")
     axis.set_xlabel("bytes per parameter")
     note = "parameter, masters and states, counted from the tensors; gradient not counted; hatched: more during a step"
-    return [finish(figure, results, "Memory per parameter, AdamW", out / "memory.png", note)]
+    return [finish(figure, results, ("memory",), "Memory per parameter, AdamW", out / "memory.png", note)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
+from collections.abc import Sequence
 from math import log2
 from pathlib import Path
 from typing import Any
 
 from ..load import company
 from ..store import MachineResults
-from .style import ACCENT, INK, LIGHT, MUTED, finish, pyplot
-
-MISSED = "#c2571a"
+from .style import ACCENT, INK, LIGHT, MUTED, WORSE, finish, pyplot
 
 
 def convergence(results: MachineResults, out: Path) -> list[Path]:
@@ -33,10 +33,11 @@ def convergence(results: MachineResults, out: Path) -> list[Path]:
         steps = [(k + 0.5) * width for k in range(len(mean))]
         left.plot(steps, mean, color=shades[i], linestyle=styles[i % len(styles)], linewidth=1.5, label=name)
     left.set_title("training loss, mean of the seeds")
-    left.set_xlabel("step")
+    left.set_xlabel("step (the first twelfth lies above)")
     left.set_ylabel("nats per byte")
     left.grid()
     left.legend()
+    left.set_ylim(*_last_stretch([line.get_ydata() for line in left.get_lines()]))
     rows = summary(records)
     reference = {r["seed"]: r["validation_loss"] for r in records if r["format"] == "torch float32"}
     spread = rows[0]["spread"]
@@ -55,7 +56,14 @@ def convergence(results: MachineResults, out: Path) -> list[Path]:
     right.grid(axis="x")
     first = records[0]
     note = f"small GPT on real text, AdamW, {first['steps']} steps, {len(reference)} seeds; validated in float32"
-    return [finish(figure, results, "Low-precision storage against float32", out / "converge.png", note)]
+    return [finish(figure, results, ("converge",), "Low-precision storage against float32", out / "converge.png", note)]
+
+
+def _last_stretch(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits that leave out the first twelfth of the curves: its fall would hide everything else."""
+    later = [value for curve in curves for value in list(curve)[len(curve) // 12 :]]
+    margin = 0.05 * (max(later) - min(later)) or 0.1
+    return min(later) - margin, max(later) + margin
 
 
 def goals(results: MachineResults, out: Path) -> list[Path]:
@@ -68,19 +76,20 @@ def goals(results: MachineResults, out: Path) -> list[Path]:
     beside = max(g.get("beside", 0) for g in records)
     for y, goal in enumerate(records):
         score, met = _score(goal, goal["value"]), goal["verdict"] == "met"
-        color = ACCENT if met else MISSED
+        color = ACCENT if met else WORSE
         axis.plot([0, score], [y, y], color=color, linewidth=1.5, zorder=2)
         axis.scatter(score, y, s=36, marker="o" if met else "X", color=color, zorder=3)
         sign = "<=" if goal["at_most"] else ">="
         text = f"{goal['value']:.3g} {goal['unit']} ({sign} {goal['bound']:g})"
         if (loaded := goal.get("beside_value")) is not None:
             met = goal["beside_verdict"] == "met"
-            look = {"facecolor": "white", "edgecolor": ACCENT if met else MISSED, "linewidth": 1.2}
+            look = {"facecolor": "white", "edgecolor": ACCENT if met else WORSE, "linewidth": 1.2}
             axis.scatter(_score(goal, loaded), y, s=30, marker="o" if met else "X", zorder=2.5, **look)
             text += f"   {loaded:.3g} {goal['unit']}"
         axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color=INK, linewidth=1)
-    axis.set_yticks(range(len(records)), [g["goal"] for g in records], fontsize=8)
+    names = ["\n".join(textwrap.wrap(g["goal"], 86)) for g in records]
+    axis.set_yticks(range(len(records)), names, fontsize=8, linespacing=0.9)
     axis.set_ylim(len(records) - 0.4, -0.6)
     low, high = axis.get_xlim()
     ticks = range(int(low // 1), int(high // 1) + 2)
@@ -88,7 +97,7 @@ def goals(results: MachineResults, out: Path) -> list[Path]:
     axis.grid(axis="x")
     axis.set_xlabel("measured / promised (right of 1: met)")
     note = "dots: met; crosses: missed" + (f"; hollow, and second number: {company(beside)}" if beside else "")
-    return [finish(figure, results, "Goals", out / "goals.png", note)]
+    return [finish(figure, results, ("goals", "goal"), "Goals", out / "goals.png", note)]
 
 
 def _score(goal: dict[str, Any], value: float) -> float:

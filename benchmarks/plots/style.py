@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..store import MachineResults
 
 Rows = list[dict[str, Any]]
 
-INK, MUTED, LIGHT, ACCENT = "#1b1f24", "#6b7480", "#d5dae0", "#0b5cad"
+INK, MUTED, LIGHT, ACCENT, WORSE = "#1b1f24", "#6b7480", "#d5dae0", "#0b5cad", "#c2571a"
 # dark to light, so that they stay apart in grey; each with its own marker and line
 LOOK: dict[str, dict[str, Any]] = {
     "fused": {"color": ACCENT, "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 5},
@@ -53,10 +53,18 @@ def pyplot() -> Any:
     return plt
 
 
-def finish(figure: Any, results: MachineResults, title: str, path: Path, note: str = "", top: float = 0.0) -> Path:
-    """Title, note, the machine's line; saves. `top`: inches to leave free above the axes."""
+def finish(
+    figure: Any,
+    results: MachineResults,
+    benches: Sequence[str],
+    title: str,
+    path: Path,
+    note: str = "",
+    top: float = 0.0,
+) -> Path:
+    """Title, note, the machine's line for what the benches' rows are from; saves. `top`: inches free above the axes."""
     width, height = figure.get_size_inches()
-    label = textwrap.wrap(_label(results), int(width * 17))
+    label = textwrap.wrap(_label(results, benches), int(width * 17))
     figure.text(0.01, 1 - 0.08 / height, title, ha="left", va="top", fontsize=13, fontweight="bold", color=INK)
     figure.text(0.01, 1 - 0.36 / height, note, ha="left", va="top", fontsize=9, color=MUTED)
     figure.text(0.01, 0.06 / height, "\n".join(label), ha="left", va="bottom", fontsize=7.5, color=MUTED)
@@ -67,15 +75,14 @@ def finish(figure: Any, results: MachineResults, title: str, path: Path, note: s
     return path
 
 
-def _label(results: MachineResults) -> str:
-    machine, versions = results.machine, results.machine["versions"]
-    keep = ("fused-optim", "triton", "deepspeed", "bitsandbytes", "torchao", "transformers")
-    tail = [f"{k} {versions[k]}" for k in keep if versions.get(k)]
-    when = max(s.when for s in results.sections.values())[:10]
-    quick = any(s.settings.get("quick") for s in results.sections.values())
-    commit = f"commit {machine.get('commit') or '?'}"
-    parts = [results.title, results.condition, *tail, commit, when, "QUICK RUN" if quick else ""]
-    return " · ".join(p for p in parts if p)
+def _label(results: MachineResults, benches: Sequence[str]) -> str:
+    """Machine, condition, versions of the systems that take part, commit and date."""
+    rows = ok_rows(results.rows(*benches))
+    systems = dict.fromkeys((r["system"], r.get("version")) for r in rows if "system" in r)
+    others = [f"{name} {version}" for name, version in systems if version and not name.startswith(("torch.", "fused"))]
+    ours = results.machine["versions"].get("fused-optim")
+    parts = [results.title, f"fused-optim {ours}" if ours else "", *others, results.condition(*benches)]
+    return " · ".join(p for p in [*parts, results.origin(*benches)] if p)
 
 
 def ok_rows(rows: Iterable[dict[str, Any]]) -> Rows:
@@ -84,6 +91,21 @@ def ok_rows(rows: Iterable[dict[str, Any]]) -> Rows:
 
 def times(value: float) -> str:
     return f"{value:.0f}x" if value >= 10 else f"{value:.1f}x" if value >= 1.95 else f"{value:.2f}x"
+
+
+def ratio_bars(axis: Any, ratios: Sequence[float | None], labels: Sequence[str], height: float = 0.68) -> None:
+    """Bars from 1 to each ratio, downwards: to the right where ours is faster, to the left and hatched where not."""
+    for y, (ratio, label) in enumerate(zip(ratios, labels, strict=True)):
+        if ratio is None:
+            axis.text(1.06, y, "-", va="center", fontsize=8, color=MUTED)
+            continue
+        look = {"color": ACCENT} if ratio >= 1 else {"facecolor": "white", "edgecolor": WORSE, "hatch": "//////"}
+        axis.barh(y, ratio - 1, left=1, height=height, **look)
+        axis.text(max(ratio, 1) * 1.06, y, label, va="center", fontsize=8.5, color=INK)
+    axis.set_xscale("log")
+    axis.axvline(1, color=INK, linewidth=1)
+    axis.grid(axis="x")
+    axis.set_ylim(len(ratios) - 0.4, -0.6)
 
 
 def plain_log(axis: Any) -> None:
