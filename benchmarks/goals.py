@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cases import CASES, Case, Precision
-from .commands.common import Run
 from .commands.host import kernel_seconds
 from .commands.kernel import CPU_GRADIENTS
 from .commands.memory import measure_memory
 from .commands.pipeline import measure_pipeline
+from .commands.run import Run
 from .gate import Verdict, check
 from .gradients import FUNCTIONS, gradient_cells
 from .measure import measure_cell

@@ -61,7 +61,7 @@ class Session:
         self.cells += 1
         if row.median_ms and (row.p80_ms or 0.0) - (row.p20_ms or 0.0) > 0.3 * row.median_ms:
             times = f"{number(row.p20_ms)}-{number(row.p80_ms)} ms around {number(row.median_ms)}"
-            self.noisy.append(" ".join([row.optimizer, row.precision, row.profile, row.label, f"({times})"]))
+            self.noisy.append(f"{row.cell}, {row.label} ({times})")
 
 
 def measure_cell(

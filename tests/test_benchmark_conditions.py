@@ -21,9 +21,10 @@ pytest.importorskip("benchmarks", reason="needs the checkout")
 from benchmarks import goals, timing  # noqa: E402
 from benchmarks.__main__ import main, make_parser  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
-from benchmarks.commands import common, converge, everything  # noqa: E402
+from benchmarks.commands import converge, everything  # noqa: E402
 from benchmarks.commands.compare import verdict  # noqa: E402
 from benchmarks.commands.everything import plan, share_of  # noqa: E402
+from benchmarks.commands.run import Run  # noqa: E402
 from benchmarks.decay import VARIANTS, cells_of, measure  # noqa: E402
 from benchmarks.limit import TimeUpError, broken_off_after  # noqa: E402
 from benchmarks.load import Busy, company  # noqa: E402
@@ -39,7 +40,7 @@ MACHINE = {"device": "cpu", "cpu": "Paper CPU", "threads": 2, "versions": {"torc
 
 @pytest.fixture(autouse=True)
 def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
+    monkeypatch.setattr("benchmarks.commands.run.measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
 
 
 # ---- company ----
@@ -78,7 +79,7 @@ def test_targets_measure_timed_goals_in_both_conditions(
     seen: list[tuple[str, int]] = []
 
     def planted(name: str, unit: str) -> goals.Goal:
-        def measured(run: common.Run) -> tuple[float, str]:
+        def measured(run: Run) -> tuple[float, str]:
             seen.append((name, len(run._busy._processes)))
             return 3.0 if run.session.beside else 1.0, "planted"
 
@@ -209,18 +210,18 @@ def test_trainings_resume_and_come_out_in_the_tables_order(
         }  # fmt: skip
 
     monkeypatch.setattr(converge, "train", train)
-    common_arguments = ["converge", "--what", "loss", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)]
-    assert main([*common_arguments, "--formats", "split,torch-bf16"]) == 0
+    arguments = ["converge", "--what", "loss", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*arguments, "--formats", "split,torch-bf16"]) == 0
     assert trained == [("split", 0), ("torch-bf16", 0), ("split", 1), ("torch-bf16", 1)]
     trained.clear()
-    assert main([*common_arguments, "--formats", "split,torch-fp32", "--resume"]) == 0
+    assert main([*arguments, "--formats", "split,torch-fp32", "--resume"]) == 0
     assert trained == [("torch-fp32", 0), ("torch-fp32", 1)]
     rows = Result.load(tmp_path / "converge.json").rows
     assert [(r["seed"], r["format"]) for r in rows] == [
         (s, f) for s in (0, 1) for f in ("torch float32", "bf16 split", "torch bf16")
     ]
     capsys.readouterr()
-    assert main([*common_arguments, "--steps", "7", "--resume"]) == 2
+    assert main([*arguments, "--steps", "7", "--resume"]) == 2
     assert "1000 steps" in capsys.readouterr().err
     assert main(["converge", "--resume"]) == 2 and "--out" in capsys.readouterr().err
     assert main(["converge", "--formats", "nosuch"]) == 2 and "split8-int8" in capsys.readouterr().err

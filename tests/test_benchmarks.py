@@ -244,8 +244,7 @@ def test_gradient_functions_that_err_are_noticed(name: str, mistake: str) -> Non
 
 @pytest.fixture
 def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("benchmarks.commands.common",):
-        monkeypatch.setattr(f"{module}.measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
+    monkeypatch.setattr("benchmarks.commands.run.measure_bandwidth", lambda *_: Bandwidth(10.0, 10.0, None, 1))
 
 
 def _plant(monkeypatch: pytest.MonkeyPatch) -> None:

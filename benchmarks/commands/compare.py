@@ -10,7 +10,9 @@ from ..cases import Precision, get_cases
 from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, Row, number, say, show_table, times, warn
-from .common import Run, add_beside, add_common, profiles_of, show_rows, systems_of
+from .arguments import add_beside, add_run_arguments, profiles_of, systems_of
+from .rows import show_rows
+from .run import Run
 from .step import default_profiles
 
 HELP = "every optimizer both have, against every competitor importable here"
@@ -18,7 +20,7 @@ PRECISIONS = (Precision(), Precision("bf16"), Precision("bf16", "split", "bf16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     parser.add_argument("--opt", default="main", help="comma list of optimizers, 'main' or 'all'")
     parser.add_argument("--vs", default="all", help="systems to compare with")

@@ -21,7 +21,8 @@ import torch
 from ..cases import Precision
 from ..decay import measure_decay, show_decay
 from ..report import Progress, Result, show_table, warn
-from .common import Run, add_common
+from .arguments import add_run_arguments
+from .run import Run
 
 HELP = "train a small GPT in every storage format, several seeds, against float32; pure weight decay in bfloat16"
 
@@ -50,7 +51,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_dec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     parser.add_argument("--steps", type=int, help="training steps (default: 1000, --quick: 30)")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3, --quick: 2)")
     parser.add_argument("--size", choices=["tiny", "small", "medium"], default="tiny", help="of the demo's model")

@@ -6,13 +6,14 @@ import argparse
 
 from ..machine import slug
 from ..report import show_table
-from .common import Run, add_common
+from .arguments import add_run_arguments
+from .run import Run
 
 HELP = "show machine, versions and measured bandwidth"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from .. import ROOT
 from ..limit import TimeUpError, broken_off_after
 from ..report import say, warn
 from ..store import MachineResults
-from .common import add_common
+from .arguments import add_run_arguments
 
 HELP = "run everything, write JSON, CSV and plots; --publish: results and README tables too"
 QUICK_SECONDS, QUICK_LIMIT = 0.1, 240.0
@@ -20,7 +20,7 @@ OVERRUN = 20.0  # seconds that a line may go on after the limit, before it is br
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     parser.add_argument("--skip", default="", help="comma list of commands to leave out")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="`targets` also beside N busy processes")
     parser.add_argument("--publish", action="store_true", help="then write benchmarks/results and the README's tables")
@@ -58,10 +58,10 @@ def _cpu_plan(beside: int) -> list[Line]:
     return [
         Line(5, "env"),
         Line(420, "compare --profile gpt2/4,resnet50,lora/2,1000x32K,4000x256,1x32M"),
-        Line(20, "pipeline"),
-        Line(30, "host"),
-        Line(110, "kernel --n 8M"),
-        Line(50, "memory --profile 1x1024x1024"),
+        Line(30, "pipeline"),
+        Line(55, "host"),
+        Line(105, "kernel --opt adamw,lion,sgd,adafactor --n 8M"),
+        Line(60, "memory --profile 1x1024x1024"),
         Line(330 if beside else 170, f"targets --beside {beside}"),
         Line(60, "step --profile tiny"),  # for whose many tensors some competitors take seconds
         Line(50, "step --dtype bf16 --opt adamw,lion,sgd --profile gpt2/4,1000x32K"),
@@ -94,7 +94,7 @@ def share_of(limit: float, lines: Sequence[Line]) -> float:
     return max(1.0, 1.25 * limit * lines[0].weight / sum(line.weight for line in lines))
 
 
-def run_line(line: Line, common: Sequence[str], share: float | None, end: float) -> int:
+def run_line(line: Line, arguments: Sequence[str], share: float | None, end: float) -> int:
     """One line of the plan, for `share` seconds; broken off where it takes twice as long, or goes on after `end`."""
     from ..__main__ import main
 
@@ -102,9 +102,9 @@ def run_line(line: Line, common: Sequence[str], share: float | None, end: float)
     left = end - time.perf_counter()
     try:
         if share is None:
-            return main([*line.words, *common])
+            return main([*line.words, *arguments])
         with broken_off_after(min(2 * share + OVERRUN, left)):
-            return main([*line.words, *common, *share_arguments])
+            return main([*line.words, *arguments, *share_arguments])
     except TimeUpError:
         warn(f"{line.text}: broken off by the time limit")
         return 0
@@ -118,14 +118,14 @@ def run(args: argparse.Namespace) -> int:
 
     out: Path = args.out or ROOT / "benchmarks" / "out"
     skip = set(filter(None, args.skip.split(",")))
-    common = ["--device", args.device, "--out", str(out)]
+    arguments = ["--device", args.device, "--out", str(out)]
     for flag in ("threads", "backend"):
         if value := getattr(args, flag):
-            common += [f"--{flag}", str(value)]
+            arguments += [f"--{flag}", str(value)]
     if args.quick:
-        common.append("--quick")
+        arguments.append("--quick")
     if seconds := args.seconds or (QUICK_SECONDS if args.quick else None):
-        common += ["--seconds", str(seconds)]
+        arguments += ["--seconds", str(seconds)]
     limit = args.limit or (QUICK_LIMIT if args.quick else None)
     lines = [x for x in plan(args.quick, args.device != "cpu", args.beside) if x.words[0] not in skip]
     worst, start = 0, time.perf_counter()
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             break
         say(f"\n=== {line.text} (after {spent:.0f} s)")
         share = share_of(limit - spent, lines[i:]) if limit else None
-        worst = max(worst, run_line(line, common, share, start + (limit or 0.0) + OVERRUN))
+        worst = max(worst, run_line(line, arguments, share, start + (limit or 0.0) + OVERRUN))
     say(f"wrote {MachineResults.collect(out).save(out / 'machine')}")
     try:
         main(["plot", str(out)])

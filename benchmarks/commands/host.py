@@ -21,14 +21,15 @@ from ..problem import Problem, Side
 from ..report import Progress, Row, number, show_table, times
 from ..shapes import get_profile
 from ..systems import SYSTEMS, System
-from .common import Run, add_beside, add_case_arguments, add_common, precision_of, systems_of
+from .arguments import add_beside, add_case_arguments, add_run_arguments, precision_of, systems_of
+from .run import Run
 
 HELP = "time the host side of a step against the number of tensors"
 COUNTS = (1, 10, 100, 1000, 10_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     add_case_arguments(parser, opt="adamw")
     parser.add_argument("--vs", default="torch", help="systems to run beside")

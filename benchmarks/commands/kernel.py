@@ -17,7 +17,8 @@ from ..problem import NotAvailable, Problem
 from ..report import Progress, Row, number, percent, show_table, times, warn
 from ..shapes import Profile, format_count, get_profile
 from ..systems import get_systems
-from .common import Run, add_beside, add_common
+from .arguments import add_beside, add_run_arguments
+from .run import Run
 
 HELP = "time every kernel by itself: update by storage format, bandwidth by size, norm and clipping"
 PRECISIONS = (
@@ -38,7 +39,7 @@ GPU_QUICK_GRADIENTS = ("1x1", "gpt2", "tiny", "1x256M")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     parser.add_argument("--opt", default="main", help="comma list of optimizers, 'main' or 'all'")
     parser.add_argument("--what", default="update,size,gradient", help="comma list of: update, size, gradient")

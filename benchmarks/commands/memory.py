@@ -18,7 +18,8 @@ from ..problem import NotAvailable, Problem, Side
 from ..report import Progress, Row, cell_name, number, show_table
 from ..shapes import Profile, get_profile
 from ..systems import SYSTEMS, Options, System
-from .common import Run, add_common, systems_of
+from .arguments import add_run_arguments, systems_of
+from .run import Run
 
 HELP = "bytes per parameter held by each optimizer and storage format, and the peak during a step"
 PRECISIONS = (
@@ -34,7 +35,7 @@ PRECISIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     parser.add_argument("--opt", default="adamw,lion,sgd,adafactor", help="comma list of optimizers")
     parser.add_argument("--vs", default="all", help="systems to count beside")
     parser.add_argument("--profile", default="4x1024x1024", help="a profile or shape")

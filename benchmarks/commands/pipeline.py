@@ -18,7 +18,9 @@ from ..measure import measure_cell
 from ..problem import NotAvailable, Problem, Side
 from ..report import Progress, Row, warn
 from ..systems import SYSTEMS, Options, System, torch_optimizer
-from .common import Run, add_beside, add_case_arguments, add_common, precision_of, profiles_of, show_rows
+from .arguments import add_beside, add_case_arguments, add_run_arguments, precision_of, profiles_of
+from .rows import show_rows
+from .run import Run
 
 HELP = "time unscale + inf check + clip + step against torch's GradScaler, clip_grad_norm_ and fused step"
 SCALE = 1024.0
@@ -33,7 +35,7 @@ GPU_SHAPES = ("huge", "gpt2-xl", "gpt2", "tiny")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     add_case_arguments(parser, opt="adamw")
 

@@ -8,16 +8,9 @@ from ..cases import MASTER_BYTES, Case, Precision, get_cases, held_bytes, step_b
 from ..measure import measure_cell
 from ..problem import NotAvailable, Problem
 from ..report import Progress, number, warn
-from .common import (
-    Run,
-    add_beside,
-    add_case_arguments,
-    add_common,
-    precision_of,
-    profiles_of,
-    show_rows,
-    systems_of,
-)  # fmt: skip
+from .arguments import add_beside, add_case_arguments, add_run_arguments, precision_of, profiles_of, systems_of
+from .rows import show_rows
+from .run import Run
 
 HELP = "time optimizer steps over real models' parameter lists or any shapes"
 CPU_PROFILES = ("gpt2", "resnet50", "lora", "tiny", "1000x32K", "4000x256", "1x32M")
@@ -27,7 +20,7 @@ GPU_QUICK = ("gpt2", "tiny", "1x256M")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     add_case_arguments(parser)
     parser.add_argument(

@@ -14,14 +14,15 @@ from ..goals import Goal
 from ..load import company
 from ..problem import NotAvailable
 from ..report import Progress, number, say, show_table
-from .common import Run, add_beside, add_common
+from .arguments import add_beside, add_run_arguments
+from .run import Run
 
 HELP = "measure the package's speed and memory goals; exit code 1 when one is missed"
 PARTS = ("step", "host", "precision", "pipeline", "adafactor")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common(parser)
+    add_run_arguments(parser)
     add_beside(parser)
     parser.add_argument("--only", default=",".join(PARTS), help=f"comma list of parts: {', '.join(PARTS)}")
     parser.add_argument("--match", default="", help="only goals whose text holds this")
