@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .arguments import check_number
 from .optimizer import EngineOptions, FusedOptimizer
 from .rules import RULES, Rule
 from .validation import check_lr, check_nonnegative
@@ -67,6 +68,7 @@ class Adadelta(FusedOptimizer):
         **options: Unpack[EngineOptions],
     ) -> None:
         check_lr(lr)
+        check_number("rho", rho)
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
         check_nonnegative(eps=eps, weight_decay=weight_decay)

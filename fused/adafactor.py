@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .arguments import check_number, check_pair
 from .factored import (
     DECAY_SCALES,
     EPS1_MODES,
@@ -141,6 +142,7 @@ class Adafactor(FusedOptimizer):
         min_dim_size_to_factor: int = 0,
         **options: Unpack[EngineOptions],
     ) -> None:
+        check_pair("eps", eps)
         defaults = {
             "lr": lr,
             "beta2_decay": beta2_decay,
@@ -247,15 +249,20 @@ def check_supported(param: Tensor, name: str) -> None:
         )
 
 
+_NUMBERS = ("lr", "beta2_decay", "eps[1]", "weight_decay", "beta2_cap", "min_dim_size_to_factor")
+_NUMBERS_OR_NONE = ("eps[0]", "d", "beta1")
+
+
 def _check_options(options: dict[str, Any]) -> None:
     """Raises where a value is out of range, with torch.optim's messages where it has one."""
     lr, eps = options["lr"], options["eps"]
+    for name, value in (*options.items(), ("eps[0]", eps[0]), ("eps[1]", eps[1])):
+        if name in _NUMBERS or (name in _NUMBERS_OR_NONE and value is not None):
+            check_number(name, value)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not (isinstance(lr, Tensor) and lr.is_cuda) and not lr >= 0.0:  # reading it would wait for the device
         raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
-    if len(eps) != 2:
-        raise ValueError(f"eps should be a pair but is: {eps}")
     ranges: tuple[tuple[Any, str, Callable[[Any], bool]], ...] = (
         (options["beta2_decay"], "beta2_decay should be <= 0", lambda x: x <= 0.0),
         (eps[0], "epsilon1 should be >= 0", lambda x: x is None or x >= 0.0),

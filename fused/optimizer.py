@@ -13,6 +13,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from . import memory
 from . import state as state_storage
+from .arguments import check_flag, check_number
 from .memory import Memory
 from .plan import Plan
 from .precision import Storage, parse_master_weights, parse_state_dtype
@@ -100,13 +101,23 @@ class FusedOptimizer(Optimizer):
         amp_scaling: bool = False,
         backend: str | None = None,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0.0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm)
+            if not max_grad_norm >= 0.0:
+                raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        check_number("norm_type", norm_type)
+        check_number("seed", seed)
+        for name, value in (
+            ("stochastic_rounding", stochastic_rounding),
+            ("skip_nonfinite", skip_nonfinite),
+            ("amp_scaling", amp_scaling),
+        ):
+            check_flag(name, value)
         if float(norm_type) not in (2.0, float("inf")):
             raise ValueError(f"Invalid norm_type value: {norm_type}. Use 2.0 or inf")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"Invalid backend value: {backend!r}. Use None or one of {BACKENDS}")
-        if not 0 <= int(seed) < 2**64:
+        if int(seed) != seed or not 0 <= int(seed) < 2**64:
             raise ValueError(f"Invalid seed value: {seed}. Use an integer in [0, 2**64)")
         group_options = {
             "master_weights": parse_master_weights(master_weights),

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import state as state_storage
+from .arguments import check_number, check_pair
 from .optimizer import parameter_name
 from .precision import FORMAT_OF_DTYPE, Storage
+from .rules import Hyper
 from .state import local
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None = None, capturable: boo
             raise ValueError("Tensor lr must be 1-element")
         if lr.is_cuda:
             return  # reading it would wait for the device
+    check_number("lr", lr)
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
 
@@ -33,14 +36,16 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None = None, capturable: boo
 def check_nonnegative(**values: float) -> None:
     """Raises unless each value is at least zero, naming the option as torch.optim does (``eps`` is "epsilon")."""
     for name, value in values.items():
+        check_number(name, value)
         if not value >= 0.0:
             raise ValueError(f"Invalid {'epsilon' if name == 'eps' else name} value: {value}")
 
 
 def check_betas(betas: Sequence[float | Tensor], *, foreach: bool | None = None, capturable: bool = False) -> None:
     """Raises unless ``betas`` are two numbers, or one-element tensors, in [0, 1)."""
+    check_pair("betas", betas)
     kinds = {isinstance(beta, Tensor) for beta in betas}
-    if len(betas) != 2 or len(kinds) != 1:
+    if len(kinds) != 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {tuple(betas)}")
     for index, beta in enumerate(betas):
         if isinstance(beta, Tensor):
@@ -52,6 +57,7 @@ def check_betas(betas: Sequence[float | Tensor], *, foreach: bool | None = None,
                 raise ValueError(f"Tensor betas[{index}] must be 1-element")
             if beta.is_cuda:
                 continue
+        check_number(f"betas[{index}]", beta)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 
@@ -62,6 +68,21 @@ def check_implementation(foreach: Any, fused: Any, differentiable: bool) -> None
         raise RuntimeError("`fused` does not support `differentiable`")
     if fused and foreach:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_hypers(groups: Sequence[dict[str, Any]], hypers: Sequence[Sequence[Hyper]]) -> None:
+    """Raises TypeError where an option of a live group is no number; ``hypers``: those that each group's rule reads.
+
+    None is one to the kernels: Adafactor's options may be.
+    """
+    for number, (group, wanted) in enumerate(zip(groups, hypers, strict=True)):
+        for key, item in wanted:
+            name, value = f"option '{key}' of parameter group {number}", group[key]
+            if item >= 0:
+                check_pair(name, value)
+                value = value[item]
+            if value is not None:
+                check_number(name, value)
 
 
 def check_row(optimizer: FusedOptimizer, group: dict[str, Any], index: int, param: Tensor) -> None:

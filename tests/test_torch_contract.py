@@ -121,6 +121,60 @@ def test_bad_values_are_named(case: Case, kwargs: dict[str, Any], message: str) 
 
 
 @each_case
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a number, got '0.1'"),
+        ({"max_grad_norm": "1.0"}, "max_grad_norm must be a number, got '1.0'"),
+        ({"norm_type": "inf"}, "norm_type must be a number, got 'inf'"),
+        ({"seed": None}, "seed must be a number, got None"),
+        ({"stochastic_rounding": "no"}, "stochastic_rounding must be True or False, got 'no'"),
+        ({"skip_nonfinite": "false"}, "skip_nonfinite must be True or False, got 'false'"),
+        ({"amp_scaling": "off"}, "amp_scaling must be True or False, got 'off'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_values_of_another_kind_are_named(case: Case, kwargs: dict[str, Any], message: str) -> None:
+    """As a configuration file gives them: YAML reads ``1e-3`` as a string."""
+    with pytest.raises(TypeError, match=message):
+        case.make([torch.nn.Parameter(torch.ones(2))], **kwargs)
+
+
+def test_pairs_are_named() -> None:
+    p = [torch.nn.Parameter(torch.ones(2))]
+    for cls, kwargs, kind, message in (
+        (fused.AdamW, {"betas": 0.9}, TypeError, "betas must be a pair, got 0.9"),
+        (fused.Lion, {"betas": (0.9,)}, ValueError, r"betas must be a pair, got \(0.9,\)"),
+        (fused.Adam, {"betas": ("0.9", "0.99")}, TypeError, r"betas\[0\] must be a number, got '0.9'"),
+        (fused.Adafactor, {"eps": 1e-3}, TypeError, "eps must be a pair, got 0.001"),
+        (fused.Adafactor, {"beta1": "0.9"}, TypeError, "beta1 must be a number, got '0.9'"),
+        (fused.AdamW, {"seed": 1.5}, ValueError, "Invalid seed value: 1.5"),
+    ):
+        with pytest.raises(kind, match=message):
+            cls(p, **kwargs)  # type: ignore[arg-type]
+
+
+def test_a_live_option_that_is_no_number_is_named() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = fused.AdamW([p])
+    optimizer.step()
+    before = p.detach().clone()
+    for change, kind, message in (
+        ({"lr": "1e-3"}, TypeError, "option 'lr' of parameter group 0 must be a number, got '1e-3'"),
+        ({"betas": None}, TypeError, "option 'betas' of parameter group 0 must be a pair, got None"),
+        ({"betas": (0.9,)}, ValueError, r"option 'betas' of parameter group 0 must be a pair, got \(0.9,\)"),
+    ):
+        optimizer.param_groups[0].update(lr=1e-3, betas=(0.9, 0.99))
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(kind, match=message):
+            optimizer.step()
+        assert torch.equal(p, before)
+
+
+@each_case
 def test_parameters_are_checked(case: Case) -> None:
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="empty parameter list"):

@@ -16,7 +16,7 @@ from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Format, Storage
 from ..rules import RULES, Hyper
 from ..state import local, real
-from ..validation import check_row
+from ..validation import check_hypers, check_row
 from . import extension
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ class TableBatch:
                 self._check(index)
             for index in attention:
                 self._bind(index)
-        self.table.read_hypers(self.optimizer.param_groups, self.rule_of_group)
+        try:
+            self.table.read_hypers(self.optimizer.param_groups, self.rule_of_group)
+        except (TypeError, IndexError):
+            check_hypers(self.optimizer.param_groups, [rule.hypers for rule in self.rules])
+            raise
         if self.table.active_generation != self.active_generation:
             self.active_generation = self.table.active_generation
             self.active = self.table.active_params()
