@@ -44,11 +44,12 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high >> 16) & _MASK, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: int, counter: Tensor, stream: int, step: int) -> Tensor:
+def philox(seed: int, counter: Tensor, stream: int, step: int | Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): 4 words per counter, shape ``(len(counter), 4)``."""
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2 = torch.full_like(c0, stream & _MASK)
-    c3 = torch.full_like(c0, step & _MASK)
+    number = step.to(torch.int64) if isinstance(step, Tensor) else int(step)  # a tensor is not read: no graph break
+    c3 = torch.zeros_like(c0) + (number & _MASK)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
@@ -58,7 +59,9 @@ def philox(seed: int, counter: Tensor, stream: int, step: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def random_bits(seed: int, stream: int, operand: int, step: int, numel: int, device: torch.device) -> Tensor:
+def random_bits(
+    seed: int, stream: int, operand: int, step: int | Tensor, numel: int, device: torch.device
+) -> Tensor:
     """32 random bits for each element of one operand (0: parameter, 1 + k: state k) of a tensor."""
     counters = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
     return philox(seed, counters, stream * 8 + operand, step).flatten()[:numel]

@@ -772,6 +772,38 @@ def test_compiled_step(case: Case) -> None:
     assert [type(batch) for batch in compiled._plan.batches] == [type(batch) for batch in eager._plan.batches]
 
 
+COMPILED_OPTIONS: list[dict[str, Any]] = [
+    {"stochastic_rounding": True, "state_dtype": torch.bfloat16},
+    {"stochastic_rounding": True, "master_weights": "split8", "state_dtype": "int8"},
+    {"master_weights": "split", "max_grad_norm": 0.1},
+    {"skip_nonfinite": True},
+]
+
+
+@pytest.mark.parametrize(
+    "case, options",
+    [(case, COMPILED_OPTIONS[0]) for case in CASES] + [(CASES[0], options) for options in COMPILED_OPTIONS[1:]],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+@pytest.mark.slow
+def test_compiled_step_with_options(case: Case, options: dict[str, Any]) -> None:
+    """Every option is part of the one graph: a break in it lets torch step one parameter in place of another."""
+    dtype = torch.bfloat16 if "master_weights" in options else torch.float32
+    ours = make_params(((7,), (3, 4)), dtype, CPU)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    made = [case.make(params, lr=torch.tensor(0.1), backend="reference", **options) for params in (ours, theirs)]
+    torch._dynamo.reset()
+    steps = torch.compile(made[0].step, backend="eager", fullgraph=True), made[1].step
+    for _ in range(3):
+        same_gradients(ours, theirs)
+        for step in steps:
+            step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        for name, value in made[1].state[q].items():
+            torch.testing.assert_close(made[0].state[p][name], value, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_compiled_training_step() -> None:
     """Forward, backward, clipping and step in one compiled function, with the graph breaks torch makes of it."""

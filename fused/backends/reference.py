@@ -327,7 +327,7 @@ class _Operands:
 
     def _random(self, value: Tensor, operand: int, step: Number) -> Tensor:
         """Random bits for the elements in memory order, shaped as ``value`` is seen."""
-        flat = formats.random_bits(self.seed, self.index, operand, int(step), value.numel(), value.device)
+        flat = formats.random_bits(self.seed, self.index, operand, step, value.numel(), value.device)
         memory = torch.empty_like(value, dtype=torch.int64)
         state_storage.in_memory_order(memory).copy_(flat)
         return memory.contiguous()
