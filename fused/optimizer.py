@@ -219,8 +219,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             for name in OPTIMIZER_OPTIONS:
                 if name in param_group:
-                    value = param_group[name]
-                    raise ValueError(f"{name}={value!r} is an option of the whole optimizer, not of a group")
+                    self._check_option_of_group(name, param_group[name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in OPTIMIZER_OPTIONS:
@@ -233,6 +232,31 @@ class FusedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_option_of_group(self, name: str, value: Any) -> None:
+        """Raises unless the optimizer has the same value, as where ``ZeroRedundancyOptimizer`` repeats its arguments.
+
+        That class gives each process an optimizer for a part of the parameters, which sees no other part's gradients.
+        """
+        if value != self._options[name]:
+            raise ValueError(f"{name}={value!r} is an option of the whole optimizer, not of a group")
+        if name in ("max_grad_norm", "skip_nonfinite") and value not in (None, False):
+            raise ValueError(
+                f"{name}={value!r} is an option of the whole optimizer, not of a group. Where ZeroRedundancyOptimizer "
+                "divides the parameters between processes, none of them sees all gradients: clip before the step, "
+                "with fused.clip_grad_norm_"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds, as :meth:`torch.optim.Optimizer.state_dict`: groups, and state without copies.
+
+        Remainders and the scales of 8-bit states, 16-bit integers in :attr:`state`, are pairs of bytes here, in a last
+        dimension of their own, because no collective library carries such integers.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        if "state" not in saved:  # a hook has made something else of it
+            return saved
+        return {**saved, "state": {key: state_storage.saved_form(value) for key, value in saved["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` of this class or of its counterpart in torch.optim.
@@ -392,5 +416,5 @@ def _wrap_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
                 saved[name] = value
             elif name != "params":
                 saved.setdefault(name, value)
-    state = {key: state_storage.Saved(value) for key, value in state_dict["state"].items()}
+    state = {key: state_storage.Saved(state_storage.live_form(value)) for key, value in state_dict["state"].items()}
     return {**state_dict, "param_groups": groups, "state": state}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,57 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
         if placement.is_partial():
             raise RuntimeError(f"a DTensor with placements {tuple(placements)} has no norm: redistribute() it first")
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def parts(tensor: Tensor) -> tuple[int, ...]:
+    """Into how many parts a DTensor is divided along each dimension of its mesh; () for any other tensor."""
+    if not hasattr(tensor, "_local_tensor"):
+        return ()
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    return tuple(1 if place.is_replicate() else mesh.size(dim) for dim, place in enumerate(sharded.placements))
+
+
+def largest_part(tensor: Tensor) -> int:
+    """Elements of a DTensor's largest part, the same number on every process; of any other tensor: its elements."""
+    sizes = list(tensor.shape)
+    placements: Any = getattr(tensor, "placements", ())
+    for count, place in zip(parts(tensor), placements, strict=False):
+        if not place.is_replicate():
+            sizes[place.dim] = -(-sizes[place.dim] // count)
+    return math.prod(sizes)
+
+
+def beside(tensor: Tensor, row: Tensor) -> Tensor:
+    """What belongs to this process's part of a DTensor, as part of a DTensor itself: ``parts(tensor)`` such rows.
+
+    So a checkpoint keeps every process's. ``row`` has the same length on all of them; beside a plain tensor it is
+    returned as it is.
+    """
+    counts = parts(tensor)
+    if not counts:
+        return row
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    sharded: Any = tensor
+    placements = [Replicate() if place.is_replicate() else Shard(dim) for dim, place in enumerate(sharded.placements)]
+    return DTensor.from_local(row.view(*[1] * len(counts), -1), sharded.device_mesh, placements, run_check=False)
+
+
+def with_part(tensor: Tensor, part: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """A DTensor divided as ``tensor`` is, of ``shape`` and ``stride``, whose part here is ``part``.
+
+    Beside a plain tensor it is ``part`` itself.
+    """
+    if not hasattr(tensor, "_local_tensor"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    like: Any = tensor
+    size = torch.Size(shape)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=size, stride=tuple(stride)
+    )
 
 
 def all_reduce(values: Tensor, groups: Sequence[Any], maximum: bool) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import formats
+from . import formats, sharding
 from .precision import BLOCK8, REMAINDER_DTYPE, Storage, blocks8
 from .rules import Rule
 
@@ -44,6 +44,17 @@ def local(tensor: Tensor) -> Tensor:
 def real(tensor: Tensor) -> Tensor:
     """Complex tensors as pairs of reals."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def scale_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of the scales beside an 8-bit state; beside a DTensor each part has its own blocks, and a row of them."""
+    return (*sharding.parts(tensor), blocks8(sharding.largest_part(tensor)))
+
+
+def scales_of(state: Mapping[str, Any], name: str) -> Tensor:
+    """One scale for each block of this process's part of an 8-bit state, in a view."""
+    scales: Tensor = local(state[name + SCALE]).view(-1)
+    return scales[: blocks8(local(state[name]).numel())]
 
 
 def initialize(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
@@ -104,9 +115,15 @@ def _misfit(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> st
             continue
         if value.shape != param.shape:
             return f"state '{name}' of {called} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        if local(value).shape != local(param).shape:  # a whole one beside a DTensor, or divided in another way
+            return (
+                f"state '{name}' of {called} is here of shape {tuple(local(value).shape)}, its parameter's part of "
+                f"shape {tuple(local(param).shape)}: torch.distributed.checkpoint.state_dict divides whole states"
+            )
         if value.dtype == torch.uint8:
-            scale, count = state.get(name + SCALE), blocks8(local(param).numel())
-            if scale is None or scale.numel() != count:
+            scale, shape = state.get(name + SCALE), scale_shape(param)
+            if scale is None or tuple(scale.shape) != shape or scale.dtype is not torch.int16:
+                count = " x ".join(map(str, shape))
                 return f"state '{name}' of {called} is in 8 bits and needs {count} numbers in '{name + SCALE}'"
     return ""
 
@@ -192,19 +209,57 @@ def _put(
     dense = local(value)
     if dense.stride() != local(codes).stride():  # it has gaps or overlaps
         dense = torch.empty_like(local(codes), dtype=value.dtype).copy_(dense)
-    scales = torch.empty(blocks8(dense.numel()), dtype=torch.int16, device=dense.device)
+    row = torch.zeros(scale_shape(value)[-1], dtype=torch.int16, device=dense.device)
+    state[name], state[name + SCALE] = codes, sharding.beside(value, row)
+    scales = scales_of(state, name)
     flat, out = in_memory_order(dense), in_memory_order(local(codes))
     for start in range(0, dense.numel(), PIECE):  # a multiple of the block
         part = slice(start, start + PIECE)
         out[part], scales[start // BLOCK8 : (start + PIECE) // BLOCK8] = formats.encode_blocks8(
             flat[part].to(torch.float32), signed=name not in rule.nonnegative
         )
-    state[name], state[name + SCALE] = codes, scales
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
     """A dense tensor as a one-dimensional view of its memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def saved_form(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one parameter as a ``state_dict`` holds it: 16-bit integers as pairs of bytes, in views.
+
+    Neither Gloo nor NCCL carries 16-bit integers, so that gathering or broadcasting them fails.
+    """
+    return {
+        name: _as_bytes(value) if isinstance(value, Tensor) and value.dtype is torch.int16 else value
+        for name, value in state.items()
+    }
+
+
+def live_form(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`saved_form`; what is no pairs of bytes stays as it is."""
+    return {
+        name: _from_bytes(value)
+        if isinstance(value, Tensor)
+        and value.dtype is torch.uint8
+        and (name == REMAINDER or name.endswith(SCALE))
+        and value.shape[-1:] == (2,)
+        else value
+        for name, value in state.items()
+    }
+
+
+def _as_bytes(words: Tensor) -> Tensor:
+    part = local(words).unsqueeze(-1).view(torch.uint8)
+    return sharding.with_part(words, part, (*words.shape, 2), (*(2 * step for step in words.stride()), 1))
+
+
+def _from_bytes(pairs: Tensor) -> Tensor:
+    part = local(pairs)
+    if part.stride(-1) != 1 or part.storage_offset() % 2 or any(step % 2 for step in part.stride()[:-1]):
+        part = part.clone(memory_format=torch.contiguous_format)
+    part = part.view(torch.int16).squeeze(-1)
+    return sharding.with_part(pairs, part, pairs.shape[:-1], [step // 2 for step in pairs.stride()[:-1]])
 
 
 def restore(
@@ -228,7 +283,7 @@ def restore(
         if isinstance(value, Saved) and key in owner:
             _check_saved(optimizer, owner[key], key, value.value)
     for key, value in state.items():
-        own = {id(tensor) for tensor in replaced.pop(key, {}).values()}
+        own = {_place(tensor) for tensor in replaced.pop(key, {}).values()}
         if not isinstance(value, Saved):
             restored[key] = value
         elif key not in owner:
@@ -251,14 +306,14 @@ def _check_saved(optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor
 
 
 def _restore_one(
-    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: Saved, own: set[int]
+    optimizer: FusedOptimizer, group: dict[str, Any], param: Tensor, saved: Saved, own: set[Any]
 ) -> dict[str, Any]:
-    """The state of one parameter; tensors whose ids are in ``own`` are not copied."""
+    """The state of one parameter; tensors whose places are in ``own`` are not copied."""
     storage = Storage.of(group)
     rule = optimizer._rule(group)
     result: dict[str, Any] = {}
     for name, value in saved.value.items():
-        copy = saved.copy and id(value) not in own
+        copy = saved.copy and _place(value) not in own
         if name == "step":
             step = _step(value, param)
             shared = isinstance(value, Tensor) and step.data_ptr() == value.data_ptr()
@@ -277,6 +332,14 @@ def _restore_one(
     return result
 
 
+def _place(value: Any) -> Any:
+    """The memory that a tensor shows, the same for every object that shows it alike."""
+    if not isinstance(value, Tensor):
+        return None
+    part = local(value)
+    return part.device, part.data_ptr(), part.dtype, part.shape, part.stride()
+
+
 def _loaded_dtype(storage: Storage, param: Tensor, value: Tensor) -> torch.dtype:
     if storage.state_dtype is not None:
         return storage.dtype_of_state(param)
@@ -290,15 +353,15 @@ def _dequantize_unless(storage: Storage, param: Tensor, rule: Rule, state: dict[
     if storage.state_dtype == "int8":
         return
     for name in rule.states:
-        scale = state.pop(name + SCALE, None)
-        if scale is not None:
+        if name + SCALE in state:
+            scale = scales_of(state, name)
+            del state[name + SCALE]
             wide = torch.empty_like(state[name], dtype=storage.dtype_of_state(param))
             codes, out = in_memory_order(local(state[name])), in_memory_order(local(wide))
             for start in range(0, out.numel(), PIECE):
                 part, blocks = slice(start, start + PIECE), slice(start // BLOCK8, (start + PIECE) // BLOCK8)
                 out[part] = formats.decode_blocks8(codes[part], scale[blocks], name not in rule.nonnegative)
             state[name] = wide
-
 
 
 __all__ = [
@@ -312,4 +375,6 @@ __all__ = [
     "local",
     "real",
     "restore",
+    "scale_shape",
+    "scales_of",
 ]

@@ -297,7 +297,8 @@ class _Operands:
         if value.dtype != torch.uint8:
             return _wide(real(value))
         flat = state_storage.in_memory_order(value)
-        wide = formats.decode_blocks8(flat, self.state[name + state_storage.SCALE], name not in self.rule.nonnegative)
+        scales = state_storage.scales_of(self.state, name)
+        wide = formats.decode_blocks8(flat, scales, name not in self.rule.nonnegative)
         return wide.as_strided(value.shape, value.stride())
 
     def store(self, param: Tensor, states: States, step: Number, skip: Tensor | None) -> None:
@@ -338,7 +339,7 @@ class _Operands:
             state_storage.in_memory_order(laid_out), name not in self.rule.nonnegative, step
         )
         _assign(state_storage.in_memory_order(target), codes, skip)
-        _assign(self.state[name + state_storage.SCALE], scales, skip)
+        _assign(state_storage.scales_of(self.state, name), scales, skip)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class TableBatch:
         value = _laid_out(state, name, dense)
         if value.dtype == torch.uint8:
             form = Format.BLOCK8_SIGNED if signed else Format.BLOCK8_UNSIGNED
-            return value.data_ptr(), form, state[name + state_storage.SCALE].data_ptr()
+            return value.data_ptr(), form, state_storage.scales_of(state, name).data_ptr()
         return value.data_ptr(), FORMAT_OF_DTYPE[value.dtype], 0
 
     def reduce(self, norm_type: float) -> Tensor:

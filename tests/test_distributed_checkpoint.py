@@ -1,0 +1,125 @@
+"""torch.distributed.checkpoint and FSDP2: two processes go on, bit for bit, from what they saved, in any format."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import fused
+from fused.state import local
+
+dist = pytest.importorskip("torch.distributed")
+if not dist.is_available():
+    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
+
+WORLD = 2
+FORMATS: list[tuple[type[fused.FusedOptimizer], dict[str, Any]]] = [
+    (fused.AdamW, {}),
+    (fused.AdamW, {"max_grad_norm": 0.1, "state_dtype": torch.bfloat16, "stochastic_rounding": True}),
+    (fused.AdamW, {"state_dtype": "int8"}),
+    (fused.AdamW, {"master_weights": "split"}),
+    (fused.Lion, {"master_weights": "split8", "state_dtype": "int8"}),
+    (fused.Adagrad, {"lr": 0.1, "master_weights": "fp32"}),
+    (fused.SGD, {"lr": 0.1}),
+]
+
+
+def _model(options: dict[str, Any], mesh: Any) -> torch.nn.Module:
+    """Shards of unequal sizes, an empty one, and blocks of 8-bit codes that end within them."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(26, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    if "master_weights" in options:
+        net.bfloat16()
+    if mesh is not None:
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def _step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    net(torch.randn(4, 26).to(next(net.parameters()).dtype)).float().square().sum().backward()
+    optimizer.step()
+
+
+def _resumed(cls: type, options: dict[str, Any], mesh: Any, how: str, folder: str) -> bool:
+    """Whether a run that was saved and loaded half way ends as the one that was not."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    first, second = (_model(options, mesh) for _ in range(2))
+    a, b = cls(first.parameters(), **options), cls(second.parameters(), **options)
+    for seed in range(2):
+        _step(first, a, seed)
+    whole = how == "full"
+    asked = states.StateDictOptions(full_state_dict=whole, flatten_optimizer_state_dict=how == "flat")
+    saved = copy.deepcopy(states.get_state_dict(first, a, options=asked))
+    with torch.no_grad():
+        for p in second.parameters():
+            p.mul_(0.5)
+    if not whole:
+        dcp.save(dict(zip(("model", "optimizer"), saved, strict=True)), checkpoint_id=folder)
+        before = [local(p.detach()).clone() for p in second.parameters()]
+        loaded = dict(zip(("model", "optimizer"), states.get_state_dict(second, b, options=asked), strict=True))
+        same = [torch.equal(local(p), old) for p, old in zip(second.parameters(), before, strict=True)]
+        assert all(same)  # state is made by a step that must move nothing
+        dcp.load(loaded, checkpoint_id=folder)
+        saved = loaded["model"], loaded["optimizer"]
+    given = states.StateDictOptions(
+        full_state_dict=whole, flatten_optimizer_state_dict=how == "flat", broadcast_from_rank0=whole
+    )
+    states.set_state_dict(second, b, model_state_dict=saved[0], optim_state_dict=saved[1], options=given)
+    for seed in range(2, 4):
+        _step(first, a, seed)
+        _step(second, b, seed)
+    return all(torch.equal(local(p), local(q)) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def _whole_state_is_refused(mesh: Any) -> bool:
+    """A state dictionary of the unsharded model, loaded without dividing it."""
+    net, sharded = _model({}, None), _model({}, mesh)
+    whole, divided = (fused.AdamW(n.named_parameters()) for n in (net, sharded))
+    _step(net, whole, 0)
+    try:
+        divided.load_state_dict(whole.state_dict())
+    except ValueError as error:
+        return "'exp_avg'" in str(error) and "state_dict divides" in str(error) and not divided.state
+    return False
+
+
+def _work(rank: int, port: int, out: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    wrong = []
+    for number, (cls, options) in enumerate(FORMATS):
+        for how in ("sharded", "flat", "full"):
+            if how == "full" and cls is fused.SGD:
+                continue  # no state: torch finds no device to broadcast from
+            for sharding in (mesh, None):
+                folder = f"{out}/{number}-{how}-{sharding is None}"
+                if not _resumed(cls, options, sharding, how, folder):
+                    wrong.append(f"{cls.__name__} {options} {how} {'whole' if sharding is None else 'sharded'}")
+    if not _whole_state_is_refused(mesh):
+        wrong.append("a whole state was taken for a part")
+    Path(out, f"wrong-{rank}").write_text("\n".join(wrong))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_distributed_checkpoints_resume_bit_for_bit(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_work, (port, str(tmp_path)), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    assert [(tmp_path / f"wrong-{rank}").read_text() for rank in range(WORLD)] == ["", ""]
