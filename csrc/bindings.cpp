@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa, "instruction set in use");
   m.def("select_isa", &select_isa, py::arg("name"), "use another instruction set; '' for the best this processor has");
   m.def("max_threads", &max_threads);
-  m.def("tensor_interface", &tensor_interface, "how tensors are read: torch's stable ABI or DLPack");
+  m.def("tensor_interface", &tensor_interface, "how tensors are read: objects, stable ABI or DLPack");
 
   py::class_<StepControl>(m, "StepControl")
       .def(py::init([](uintptr_t norm_total, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t grad_norm, uintptr_t skipped,
@@ -77,7 +77,7 @@ PYBIND11_MODULE(_C, m) {
       .def("read_on_device", &HostTable::read_on_device, py::arg("type"), py::arg("index"))
       .def("row_bytes", &HostTable::row_bytes)
       .def("group_bytes", &HostTable::group_bytes)
-      .def("active_params", &HostTable::active_params)
+      .def("bump_versions", &HostTable::bump_versions)
       .def_readonly("active_generation", &HostTable::active_generation)
       .def_readonly("generation", &HostTable::generation);
 

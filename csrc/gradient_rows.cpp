@@ -28,13 +28,6 @@ bool is_dense(const TensorView& view) {
   return true;
 }
 
-py::object grad_of(PyObject* param) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
-  py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
-  if (!grad) throw py::error_already_set();
-  return grad;
-}
-
 }  // namespace
 
 GradientRows::GradientRows(const py::list& items, bool of_params) {

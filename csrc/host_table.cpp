@@ -5,47 +5,10 @@
 #include <string>
 #include <utility>
 
-#include "prefetch.h"
-
 namespace py = pybind11;
 
 namespace fused {
 namespace {
-
-// Stands for the address of a tensor without elements, which torch gives as null: null means "no gradient" in a row.
-void* const kNoElements = reinterpret_cast<void*>(uintptr_t{64});
-
-// State memory is looked at in every step for models of few tensors, else for one row in kLookEvery, in turn.
-constexpr size_t kFewRows = 64;
-constexpr size_t kLookEvery = 8;
-
-// torch.Tensor's own `.grad`, called without the search through a class and its bases that every attribute costs.
-class Grad {
- public:
-  Grad() : name_(PyUnicode_InternFromString("grad")) {
-    PyObject* found = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
-    if (Py_IS_TYPE(found, &PyGetSetDescr_Type)) getset_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
-  }
-
-  py::object of(PyObject* tensor) const {
-    PyObject* grad = getset_ != nullptr ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
-    if (grad == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(grad);
-  }
-
- private:
-  PyObject* name_;
-  PyGetSetDef* getset_ = nullptr;
-};
-
-const Grad& grads() {
-  static const Grad* instance = new Grad;
-  return *instance;
-}
-
-// Rows' objects lie scattered over the heap, each with pointers to the next. They are fetched in three stages, so many rows
-// before their turn.
-constexpr size_t kFar = 12, kMiddle = 8, kNear = 4;
 
 double number_at(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
@@ -74,6 +37,8 @@ void HostTable::resize(size_t row_count, size_t group_count) {
   rows.assign(row_count, TensorRow{});
   groups.assign(group_count, GroupRow{});
   entries_.assign(row_count, Entry{});
+  glances_.assign(row_count, Glance{});
+  state_memory_.assign(row_count, StateMemory{});
   ++generation;
   ++active_generation;
 }
@@ -108,6 +73,7 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
     }
 
   Entry entry;
+  StateMemory memory;
   entry.param = std::move(param);
   entry.watched = watched && view_of(entry.param.ptr(), entry.view);
   entry.ready = row.grad != nullptr;
@@ -116,7 +82,7 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
     PyObject *key = nullptr, *value = nullptr;
     for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) {
       const bool is_tensor = py::hasattr(value, "data_ptr");
-      if (is_tensor) entry.last = value;
+      if (is_tensor) memory.tensor = value;
       if (entry.value_count == kMaxValues) {
         entry.watched = false;
         break;
@@ -124,61 +90,16 @@ void HostTable::bind(size_t index, py::object param, bool watched, py::object st
       if (is_tensor) entry.values[entry.value_count] = py::reinterpret_borrow<py::object>(value);
       ++entry.value_count;
     }
-    if (entry.last != nullptr) entry.last_data = data_of(entry.last);
+    if (memory.tensor != nullptr) memory.data = data_of(memory.tensor);
     entry.state = std::move(state);
   }
   rows[index] = row;
+  glances_[index] = Glance{};
+  glances_[index].param = entry.param.ptr();
+  state_memory_[index] = memory;
   entries_[index] = std::move(entry);
   ++generation;
   ++active_generation;
-}
-
-// The tensors of a state dictionary by identity, and, where `look` says so, the memory of the last one. Code that moves
-// state by assigning to `.data` moves all of it, so a look at some rows in each step finds it; a look at every address
-// would double the cost of a step's bookkeeping. Walking a dictionary costs no hashing.
-bool HostTable::state_in_place(const Entry& entry, bool look) {
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  size_t i = 0;
-  for (; PyDict_Next(entry.state.ptr(), &position, &key, &value); ++i)
-    if (i >= entry.value_count || (entry.values[i] && entry.values[i].ptr() != value)) return false;
-  if (i != entry.value_count) return false;
-  return !look || entry.last == nullptr || data_of(entry.last) == entry.last_data;
-}
-
-// True if the row holds for the live objects, with the gradient's address brought up to date.
-bool HostTable::unchanged(Entry& entry, TensorRow& row, bool look) {
-  if (!entry.watched) return false;
-  TensorView view;
-  if (!view_of(entry.param.ptr(), view) || view.data != entry.view.data || !view.same_layout(entry.view)) return false;
-  if (entry.foreign) return true;
-
-  const py::object grad = grads().of(entry.param.ptr());
-  const void* address = nullptr;
-  if (grad.ptr() != entry.last_grad) {
-    entry.last_grad = grad.ptr();
-    entry.last_grad_implementation = implementation_of(grad.ptr());
-  }
-  if (!grad.is_none()) {
-    if (!entry.ready || !view_of(grad.ptr(), view) || !view.same_place(entry.view)) return false;
-    if (view.numel == 1 && is_negated(grad.ptr())) return false;
-    address = view.numel != 0 ? view.data : kNoElements;
-    if (row.grad_format != view.format) {
-      row.grad_format = view.format;
-      ++generation;
-    }
-  }
-  if (row.grad != address) {
-    active_generation += (row.grad == nullptr) != (address == nullptr);
-    row.grad = address;
-    ++generation;
-  }
-
-  if (entry.state && !state_in_place(entry, look)) {
-    state_moved_ = true;
-    return false;
-  }
-  return true;
 }
 
 py::bytes HostTable::row_bytes() const {
@@ -187,74 +108,6 @@ py::bytes HostTable::row_bytes() const {
 
 py::bytes HostTable::group_bytes() const {
   return py::bytes(reinterpret_cast<const char*>(groups.data()), groups.size() * sizeof(GroupRow));
-}
-
-py::list HostTable::active_params() const {
-  py::list params;
-  for (size_t i = 0; i < rows.size(); ++i)
-    if (rows[i].grad != nullptr) params.append(entries_[i].param);
-  return params;
-}
-
-// Whether the optimizer's state still holds the dictionaries of the last look, in their order. Walking a dictionary costs
-// no hashing, which for a tensor is a call into Python.
-bool HostTable::same_dictionaries(const py::dict& state) const {
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t position = 0;
-  size_t i = 0;
-  for (; PyDict_Next(state.ptr(), &position, &key, &value); ++i)
-    if (i >= dictionaries_.size() || dictionaries_[i].first != key || dictionaries_[i].second != value) return false;
-  return i == dictionaries_.size();
-}
-
-void HostTable::fetch_ahead(size_t index) const {
-  if (index + kFar >= entries_.size()) return;
-  const Entry &far = entries_[index + kFar], &middle = entries_[index + kMiddle], &near = entries_[index + kNear];
-  prefetch(far.param.ptr());
-  prefetch(far.state.ptr());
-  prefetch(far.last_grad);
-  prefetch_implementation(middle.param.ptr());
-  if (middle.state) {
-    const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(middle.state.ptr())->ma_keys);
-    prefetch(keys);
-    prefetch(keys + 64);
-  }
-  for (int line = 0; line < kImplementationLines; ++line)
-    prefetch(static_cast<const char*>(middle.last_grad_implementation) + 64 * line);
-  prefetch_storage(near.param.ptr());
-}
-
-py::object HostTable::refresh(const py::list& param_groups, const py::dict& state) {
-  static PyObject* const params_name = PyUnicode_InternFromString("params");
-  py::list attention;
-  size_t index = 0;
-  state_moved_ = false;
-  ++turn_;
-  if (!same_dictionaries(state)) {
-    dictionaries_.clear();
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t position = 0; PyDict_Next(state.ptr(), &position, &key, &value);) dictionaries_.emplace_back(key, value);
-    for (const Entry& entry : entries_)
-      state_moved_ |= entry.state && PyDict_GetItemWithError(state.ptr(), entry.param.ptr()) != entry.state.ptr();
-    if (PyErr_Occurred()) throw py::error_already_set();
-  }
-  for (const py::handle group : param_groups) {
-    PyObject* params = PyDict_GetItemWithError(group.ptr(), params_name);
-    if (params == nullptr || !PyList_Check(params)) return py::none();
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++index) {
-      if (index >= entries_.size() || entries_[index].param.ptr() != PyList_GET_ITEM(params, i)) return py::none();
-      fetch_ahead(index);
-      const bool look = entries_.size() <= kFewRows || index % kLookEvery == turn_ % kLookEvery;
-      if (!unchanged(entries_[index], rows[index], look)) attention.append(index);
-    }
-  }
-  if (index != entries_.size()) return py::none();
-  if (state_moved_) {  // where one state has moved, any may have
-    attention = py::list();
-    for (size_t i = 0; i < entries_.size(); ++i)
-      if (!entries_[i].foreign) attention.append(i);
-  }
-  return std::move(attention);
 }
 
 void HostTable::read_on_device(int32_t type, int32_t index) {

@@ -1,7 +1,8 @@
 // The host side of the tables: which tensors, where, what changed since the last step.
 //
 // Python describes a row once (`bind`). From then on `refresh` walks the parameter groups in C once per step and compares
-// every address and layout with the cached row: in steady state the host's work is a few pointer comparisons per tensor.
+// every address and layout with the cached row (refresh.cpp): in steady state the host's work is a few comparisons of
+// memory per tensor.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "layouts.h"
 #include "table.h"
 #include "tensor_view.h"
 
@@ -40,39 +42,68 @@ class HostTable {
   // The rows as they lie in memory, for a backend that copies them to a device itself.
   pybind11::bytes row_bytes() const;
   pybind11::bytes group_bytes() const;
-  // The parameters that have a gradient, in table order.
-  pybind11::list active_params() const;
+  // Tells autograd that the parameters with a gradient were written to. Returns those that Python must tell it of.
+  pybind11::list bump_versions();
 
  private:
+  // Stands for the address of a tensor without elements, which torch gives as null: null means "no gradient" in a row.
+  static inline void* const kNoElements = reinterpret_cast<void*>(uintptr_t{64});
   // Step, states, their scales, and a master. A row whose state has more is looked at by Python before every step.
   static constexpr size_t kMaxValues = 2 * kMaxStates + 2;
-  // In the order in which they are looked at: what a step reads of an entry should lie in few cache lines.
   struct Entry {
     pybind11::object param;
     pybind11::object state;
     bool watched = false;
     bool foreign = false;  // another table updates it
     bool ready = false;    // state exists: a gradient may be used
-    // Where the last gradient was, for a hint only: it may be dead.
-    const void *last_grad = nullptr, *last_grad_implementation = nullptr;
-    PyObject* last = nullptr;  // the last tensor among the values, and its memory
-    void* last_data = nullptr;
     // Of the state dictionary, in its order; null: no tensor. Owned, so that no other tensor takes the place of a dead one.
     size_t value_count = 0;
     std::array<pybind11::object, kMaxValues> values;
     TensorView view;
   };
 
+  // What is compared of a row whose entry held at the last look, in one cache line. Nothing is owned here.
+  struct alignas(64) Glance {
+    PyObject* param = nullptr;
+    const void* data = nullptr;     // of the parameter, its storage and what that belongs to
+    const void* storage = nullptr;
+    const void* owner = nullptr;
+    PyObject* state = nullptr;      // null: none
+    uint64_t state_version = 0;
+    Layouts::Index layout = Layouts::kNone;       // of the parameter; none: the entry must be looked at
+    Layouts::Index grad_layout = Layouts::kNone;  // none: a gradient must be looked at
+    bool foreign = false;
+  };
+
+  // The last tensor of a row's state, and its memory.
+  struct StateMemory {
+    PyObject* tensor = nullptr;
+    const void* data = nullptr;
+  };
+
+  bool looks_at_state(size_t index) const;
   void fetch_ahead(size_t index) const;
-  bool unchanged(Entry& entry, TensorRow& row, bool look);
-  static bool state_in_place(const Entry& entry, bool look);
+  bool same_at_a_glance(size_t index);
+  bool unchanged(size_t index);
+  void learn(size_t index, PyObject* grad, const TensorView& grad_view);
+  void set_grad(TensorRow& row, const void* address, uint8_t format);
+  bool state_in_place(size_t index) const;
+  bool state_memory_in_place(size_t index) const;
   bool same_dictionaries(const pybind11::dict& state) const;
+  void remember_dictionaries(const pybind11::dict& state);
+
   void read_hyper(PyObject* value, GroupRow& row, size_t h) const;
 
   bool state_moved_ = false;
   size_t turn_ = 0;
   std::vector<std::pair<PyObject*, PyObject*>> dictionaries_;  // the optimizer's state as of the last look, borrowed
+  uint64_t dictionaries_version_ = 0;
   std::vector<Entry> entries_;
+  std::vector<Glance> glances_;
+  std::vector<StateMemory> state_memory_;
+  Layouts layouts_;
+  std::vector<PyObject*> active_;  // the parameters with a gradient, in table order, as of `active_generation`
+  uint64_t active_seen_ = 0;
   struct HyperName {
     pybind11::str key;
     int item;  // index into a tuple such as betas, or -1

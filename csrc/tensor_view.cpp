@@ -1,4 +1,4 @@
-// Two ways to read a tensor, both interfaces that torch keeps stable: the C functions of its stable ABI
+// Two ways to ask about a tensor, both interfaces that torch keeps stable: the C functions of its stable ABI
 // (torch/csrc/inductor/aoti_torch/c/shim.h), found in the library that is loaded already, and DLPack's exchange API. The
 // first takes a third of the second's time, which for models of many small tensors is the time of a step, but needs the
 // tensor's handle; where a look at a tensor does not find that, the second serves.
@@ -12,7 +12,7 @@
 #include <dlfcn.h>
 #endif
 
-#include "prefetch.h"
+#include "tensor_object.h"
 
 namespace py = pybind11;
 
@@ -69,12 +69,15 @@ uint8_t format_of(uint8_t code, uint8_t bits) {
   return kNone;
 }
 
+bool exchange_tensor(PyObject* tensor, DLTensor& out) {
+  if (exchange().dltensor_from_py_object(tensor, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 bool view_by_exchange(PyObject* tensor, TensorView& view) {
   DLTensor t;
-  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!exchange_tensor(tensor, t)) return false;
   if (t.ndim > TensorView::kMaxDims || t.dtype.lanes != 1) return false;
   const bool is_complex = t.dtype.code == kDLComplex;  // a complex number is two reals
   view.format = is_complex ? format_of(kDLFloat, uint8_t(t.dtype.bits / 2)) : format_of(t.dtype.code, t.dtype.bits);
@@ -100,7 +103,14 @@ class StableABI {
     return found;
   }
 
+  // A handle is the address of a C++ tensor, which is one pointer, to the implementation. A Python tensor keeps one right
+  // after its head; `agrees` makes sure of it.
   static const void* implementation(PyObject* tensor) { return *static_cast<const void* const*>(handle_of(tensor)); }
+
+  int64_t* sizes(PyObject* tensor) const {
+    int64_t* sizes = nullptr;
+    return sizes_(handle_of(tensor), &sizes) == 0 ? sizes : nullptr;
+  }
 
   void* data(PyObject* tensor) const {
     void* address = nullptr;
@@ -138,10 +148,6 @@ class StableABI {
   using Getter = int32_t (*)(const void* handle, T* out);
   using Constant = int32_t (*)();
 
-  // A handle is the address of a C++ tensor, which is one pointer, to the implementation. A Python tensor keeps one right
-  // after its head; `agrees` makes sure of it.
-  static const void* handle_of(PyObject* tensor) { return tensor + 1; }
-
   static const StableABI* find() {
 #if defined(__linux__) || defined(__APPLE__)
     const char* wanted = std::getenv("FUSED_TENSOR_INTERFACE");
@@ -157,15 +163,7 @@ class StableABI {
 
 #if defined(__linux__) || defined(__APPLE__)
   bool load() {
-    const py::object path = py::module_::import("pathlib").attr("Path");
-#if defined(__APPLE__)
-    const char* const name = "libtorch_cpu.dylib";
-#else
-    const char* const name = "libtorch_cpu.so";
-#endif
-    const py::object torch = py::module_::import("torch");
-    const auto file = py::str(path(torch.attr("__file__")).attr("parent").attr("joinpath")("lib", name)).cast<std::string>();
-    void* library = dlopen(file.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    void* library = torch_library("torch_cpu");
     if (library == nullptr) return false;
     bool complete = true;
     const auto take = [&](auto& function, const std::string& symbol) {
@@ -193,7 +191,7 @@ class StableABI {
     constant(cpu_, "device_type_cpu");
     constant(cuda_, "device_type_cuda");
     // On ROCm torch says CUDA as well, where DLPack does not.
-    if (!torch.attr("version").attr("hip").is_none()) cuda_ = -1;
+    if (!py::module_::import("torch").attr("version").attr("hip").is_none()) cuda_ = -1;
     return complete;
   }
 
@@ -248,30 +246,48 @@ void* data_of(PyObject* tensor) {
   const StableABI* abi = StableABI::instance();
   if (abi != nullptr && is_plain(tensor)) return abi->data(tensor);
   DLTensor t;
-  if (exchange().dltensor_from_py_object(tensor, &t) != 0) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  return static_cast<char*>(t.data) + t.byte_offset;
+  return exchange_tensor(tensor, t) ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
 }
 
 const void* implementation_of(PyObject* tensor) {
   return StableABI::instance() != nullptr && is_plain(tensor) ? StableABI::implementation(tensor) : nullptr;
 }
 
-void prefetch_implementation(PyObject* tensor) {
-  const char* implementation = static_cast<const char*>(implementation_of(tensor));
-  for (int line = 0; implementation != nullptr && line < kImplementationLines; ++line) prefetch(implementation + 64 * line);
+int sizes_word(PyObject* tensor) {
+  return int(StableABI::instance()->sizes(tensor) - static_cast<const int64_t*>(StableABI::implementation(tensor)));
 }
 
-void prefetch_storage(PyObject* tensor) {
-  // After the virtual table and the reference count: the storage and what autograd knows, in every torch so far.
-  auto* words = static_cast<const void* const*>(implementation_of(tensor));
-  if (words == nullptr) return;
-  prefetch(words[2]);
-  prefetch(words[3]);
+void* torch_library(const char* name) {
+#if defined(__linux__) || defined(__APPLE__)
+#if defined(__APPLE__)
+  const char* const suffix = ".dylib";
+#else
+  const char* const suffix = ".so";
+#endif
+  const py::object path = py::module_::import("pathlib").attr("Path")(py::module_::import("torch").attr("__file__"));
+  const auto file = py::str(path.attr("parent").attr("joinpath")("lib", std::string("lib") + name + suffix)).cast<std::string>();
+  return dlopen(file.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+#else
+  (void)name;
+  return nullptr;
+#endif
 }
 
-const char* tensor_interface() { return StableABI::instance() != nullptr ? "stable ABI" : "DLPack"; }
+// Called without the search through a class and its bases that every attribute costs, where no class has one of its own.
+py::object grad_of(PyObject* tensor) {
+  static const auto* const getset = [] {
+    PyObject* found = py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
+    return Py_IS_TYPE(found, &PyGetSetDescr_Type) ? reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset : nullptr;
+  }();
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  PyObject* grad = getset != nullptr && is_plain(tensor) ? getset->get(tensor, getset->closure) : PyObject_GetAttr(tensor, name);
+  if (grad == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
+}
+
+const char* tensor_interface() {
+  if (TensorObjects::instance() != nullptr) return "objects";
+  return StableABI::instance() != nullptr ? "stable ABI" : "DLPack";
+}
 
 }  // namespace fused

@@ -1,4 +1,4 @@
-// Dtype, shape and place of a torch tensor, read from its Python object without linking torch.
+// Dtype, shape, place and gradient of a torch tensor, read from its Python object without linking torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -52,13 +52,20 @@ bool is_negated(PyObject* tensor);
 // The address of the first element; null where there is none.
 void* data_of(PyObject* tensor);
 
-// Hints to fetch what a look at a tensor will read: the C++ object behind the Python one, then what that leads to.
-constexpr int kImplementationLines = 4;
-const void* implementation_of(PyObject* tensor);  // null where it is not known
-void prefetch_implementation(PyObject* tensor);
-void prefetch_storage(PyObject* tensor);
+// The attribute `grad`; None where there is none.
+pybind11::object grad_of(PyObject* tensor);
 
-// "stable ABI" or "DLPack": how tensors are read.
+// The C++ object behind a tensor of a plain class, null where it is not known; and its handle, the address of a pointer to it.
+const void* implementation_of(PyObject* tensor);
+inline const void* handle_of(PyObject* tensor) { return tensor + 1; }
+
+// Where in that object the sizes are, in words. Only for a tensor whose implementation is known.
+int sizes_word(PyObject* tensor);
+
+// A library of torch that is loaded already, such as "torch_cpu"; null: not found.
+void* torch_library(const char* name);
+
+// "objects", "stable ABI" or "DLPack": how tensors are read.
 const char* tensor_interface();
 
 }  // namespace fused

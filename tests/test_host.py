@@ -48,6 +48,37 @@ for step in range(4):
             p.data, p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), torch.ones(4, 4)
             opt.state[p].clear()
     opt.step()
+
+def same_size(shift):
+    # What a row shows where its tensors have the shape, dtype and device they had.
+    torch.manual_seed(1)
+    memory = torch.randn(100)
+    params = [torch.nn.Parameter(memory[10 * i:10 * i + 6].view(2, 3)) for i in range(8)]
+    other = torch.nn.Parameter(torch.randn(2, 3))
+    one = torch.nn.Parameter(torch.randn(1))
+    opt = fused.AdamW([*params, one], lr=0.1)
+    for step in range(8):
+        for p in (*params, one):
+            p.grad = torch.full_like(p, 1.0 + step)
+        if step == 4:
+            params[0].data = memory[82:88].view(2, 3)            # another place in the same storage
+            params[1].data = torch.randn(3, 2).t()               # other strides
+            opt.state[params[2]]["exp_avg"] = torch.ones(2, 3)   # state replaced, moved and filled anew
+            opt.state[params[3]] = {k: v.clone() + 1 for k, v in opt.state[params[3]].items()}
+            params[4].grad = torch.ones(3, 2).t()
+            params[5].grad = None
+            params[6].grad = params[7].grad = torch.arange(50.0)[shift:shift + 6].view(2, 3)
+            one.grad = torch._neg_view(torch.ones(1))
+        if step == 5:
+            for state in opt.state.values():
+                for value in state.values():
+                    value.data = value.data.clone() * 2
+            torch.utils.swap_tensors(params[7], other)
+            params[7].grad = torch.ones(2, 3)
+        opt.step()
+    return [*params, other, one]
+
+params += same_size(0) + same_size(7)
 sparse = torch.nn.Parameter(torch.ones(4))
 sparse.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (4,))
 try:
@@ -68,16 +99,77 @@ def _run(interface: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="looked for on Linux and macOS")
-def test_both_ways_to_read_tensors_agree() -> None:
-    """Every layout, dtype and change between steps, read through torch's stable ABI and through DLPack."""
-    stable, exchange = _run("stable ABI"), _run("DLPack", FUSED_TENSOR_INTERFACE="dlpack")
-    assert stable.returncode == 0, stable.stderr
-    assert exchange.returncode == 0, exchange.stderr
-    assert stable.stdout == exchange.stdout
-    assert "sparse" in stable.stdout
-    assert len(stable.stdout.splitlines()) == 14
-    # The stable ABI reports a refused question on the terminal: none may be asked.
-    assert stable.stderr == ""
+def test_all_ways_to_read_tensors_agree() -> None:
+    """Every layout, dtype and change between steps, read from torch's objects, through its stable ABI and DLPack."""
+    runs = [
+        _run("objects"),
+        _run("stable ABI", FUSED_TENSOR_INTERFACE="stable"),
+        _run("DLPack", FUSED_TENSOR_INTERFACE="dlpack"),
+    ]
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == runs[0].stdout
+        # The stable ABI reports a refused question on the terminal: none may be asked.
+        assert run.stderr == ""
+    assert "sparse" in runs[0].stdout
+    assert len(runs[0].stdout.splitlines()) == 34
+
+
+def test_memory_that_a_lazy_copy_shares() -> None:
+    """A lazy copy keeps its values: the parameter gets memory of its own before it is written to."""
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = fused.SGD([param], lr=0.5)
+    for _ in range(3):
+        optimizer.step()
+    copy = torch._lazy_clone(param.detach())
+    optimizer.step()
+    assert torch.equal(copy, torch.full((4,), -0.5))
+    assert torch.equal(param.data, torch.full((4,), -1.0))
+
+
+def test_state_replaced_before_a_step_that_fails() -> None:
+    """The next step finds it still."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fused.SGD(params, lr=1.0, momentum=0.5)
+
+    def step(*grads: torch.Tensor) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    for _ in range(3):
+        step(zeros, zeros)
+    optimizer.state[params[0]] = {"momentum_buffer": torch.full((3,), 2.0)}
+    with pytest.raises(RuntimeError, match="sparse"):
+        step(zeros, ones.to_sparse())
+    assert torch.equal(params[0].data, ones)
+    step(zeros, zeros)
+    assert torch.equal(params[0].data, zeros)
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], ones)
+
+
+def test_versions_count_steps() -> None:
+    """Autograd is told of every write, also where a parameter's class or kind needs torch's own function for it."""
+
+    class Mine(torch.nn.Parameter):
+        pass
+
+    with torch.inference_mode():
+        untracked = torch.ones(3)
+    params = [torch.nn.Parameter(torch.ones(3)), Mine(torch.ones(3)), torch.nn.Parameter(torch.ones(0)), untracked]
+    idle = torch.nn.Parameter(torch.ones(3))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = fused.SGD([*params, idle], lr=0.5)
+    before = [param._version for param in (*params[:3], idle)]
+    for _ in range(4):
+        optimizer.step()
+    assert [param._version - b for param, b in zip((*params[:3], idle), before, strict=True)] == [4, 4, 4, 0]
+    params[0].grad, idle.grad = None, torch.ones(3)
+    optimizer.step()
+    assert [param._version - b for param, b in zip((*params[:3], idle), before, strict=True)] == [4, 5, 5, 1]
 
 
 def test_a_class_with_a_gradient_of_its_own() -> None:

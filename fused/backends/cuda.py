@@ -80,9 +80,9 @@ class Batch(TableBatch):
             self._check_addresses()
         self.stream = _stream(self.device)
         changed = self.table.generation != self.generation
-        if self.rows_seen != self.active_generation:
+        if self.rows_seen != self.table.active_generation:
             self.row_values.zero_()  # of a row that lost its gradient nothing may stay
-            self.rows_seen = self.active_generation
+            self.rows_seen = self.table.active_generation
         self._begin(changed)
         self.generation = self.table.generation
         if self.device_table.captured:

@@ -45,8 +45,6 @@ class TableBatch:
         self.staged: dict[int, list[Tensor]] = {}
         self.write_back: list[tuple[Tensor, Tensor]] = []
         self.row_values = torch.zeros((len(self.members), 2), dtype=torch.float64, device=device)
-        self.active: list[Tensor] = []
-        self.active_generation = -1
         for index, (_, _, param) in enumerate(self.members):
             self.table.bind(index, param, index not in self.mine, None, {"foreign": index not in self.mine})
 
@@ -68,17 +66,15 @@ class TableBatch:
         except (TypeError, IndexError):
             check_hypers(self.optimizer.param_groups, [rule.hypers for rule in self.rules])
             raise
-        if self.table.active_generation != self.active_generation:
-            self.active_generation = self.table.active_generation
-            self.active = self.table.active_params()
         return True
 
     def _finish(self) -> None:
         """After the update: write copies back, tell autograd."""
         for target, source in self.write_back:
             target.copy_(source)
-        if self.active:
-            increment_version(self.active)
+        rest = self.table.bump_versions()
+        if rest:
+            increment_version(rest)
 
     def _name(self, index: int) -> str:
         g, i, _ = self.members[index]
