@@ -169,7 +169,7 @@ def _sections(facts: dict[str, Any]) -> dict[str, dict[str, str]]:
             "CPU": f"{machine['cpu']}, {machine['cores']} cores",
             "threads": f"{machine['threads']} (torch.set_num_threads, OMP_NUM_THREADS)",
             "instruction set": f"{isa}, FUSED_ISA={override}" if override else f"{isa} (FUSED_ISA overrides)",
-            "tensors": f"{machine['tensor_interface'] or 'no extension'} (FUSED_TENSOR_INTERFACE=dlpack declines)",
+            "tensors": f"{machine['tensor_interface'] or 'no extension'} (FUSED_TENSOR_INTERFACE: stable, dlpack)",
             "GPU": "; ".join(_gpu_text(gpu) for gpu in machine["gpus"]) or _why_no_gpu(versions["torch_cuda"]),
         },
     }
