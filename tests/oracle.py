@@ -23,8 +23,10 @@ def one_thread() -> Iterator[None]:
     """For small operations between the steps, where threads that wait for each other only cost time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def real(tensor: Tensor) -> Tensor:
