@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../formats.h"
+#include "../prefetch.h"
 #include "../rules.h"
 #include "adafactor_kernels.h"
 #include "gradients.h"
@@ -63,6 +64,30 @@ typename Rule::template Constants<T> constants_for(const GroupRow& group, const 
   return constants;
 }
 
+// Parameters and gradients of the block after this one, a part before each conversion. Blocks end where pages end, and the
+// processor itself looks no further: without this, memory would rest while a block is converted and converted back.
+struct Ahead {
+  const char *param, *grad;
+  int64_t param_bytes, grad_bytes, at = 0, part;
+
+  Ahead(const TensorRow& row, int64_t begin, int64_t n, int parts)
+      : param(static_cast<const char*>(row.param)), grad(static_cast<const char*>(row.grad)) {
+    const auto size = [](uint8_t format) { return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2; };
+    param += begin * size(row.param_format), param_bytes = n * size(row.param_format);
+    grad += begin * size(row.grad_format), grad_bytes = n * size(row.grad_format);
+    part = (std::max(param_bytes, grad_bytes) / parts + kLine) / kLine * kLine;
+  }
+
+  void fetch() {
+    for (int64_t end = at + part; at < end; at += kLine) {
+      if (at < param_bytes) prefetch(param + at);
+      if (at < grad_bytes) prefetch(grad + at);
+    }
+  }
+
+  static constexpr int64_t kLine = 64;
+};
+
 template <class Rule>
 void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
   const auto constants = constants_for<Rule, float>(group, context);
@@ -75,13 +100,18 @@ void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, in
   const int64_t block = in_place ? end - begin : kBlock;
   for (int64_t b = begin; b < end; b += block) {
     const int64_t n = std::min(block, end - b);
+    Ahead ahead(row, b + n, in_place ? 0 : std::min(block, end - b - n), 2 * Rule::kStates + 1);
     float* p = const_cast<float*>(load_param(row, b, n, buffer.param));
     const float* g = load(row.grad_format, row.grad, b, n, buffer.grad);
     float* s[kMaxStates] = {};
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = const_cast<float*>(load_state(row, k, b, n, buffer.state[k]));
+    for (int k = 0; k < Rule::kStates; ++k) {
+      ahead.fetch();
+      s[k] = const_cast<float*>(load_state(row, k, b, n, buffer.state[k]));
+    }
     apply_rule<Rule, float>(p, g, s, n, factor, constants);
     if (in_place) continue;
     for (int k = -1; k < Rule::kStates; ++k) {
+      ahead.fetch();
       const uint32_t* random = random_for(row, k, context, b, n, buffer.random);
       if (k < 0) {
         store_param(row, b, n, p, random);
