@@ -1,19 +1,21 @@
 // 8-bit blocks: optimizer moments as one byte per element and one 16-bit scale per block of 32.
 //
-// Both codes count equal steps in the *bit pattern* of a float32, which is a piecewise linear logarithm, so the same integer
-// operations and correctly rounded float operations give the same bytes on every backend. No element needs a division.
+// Everything is an integer operation on bit patterns or a correctly rounded float operation, which gives the same bytes on
+// every backend.
 //
-// Second moments (unsigned): 254 levels between the block's smallest and largest nonzero value, evenly spaced in the pattern.
-// The relative precision is the same at both ends, and nothing but zero is stored as zero. Two things matter more than the
-// error of one rounding, because a slow average (beta2 = 0.999) is rounded again at every step. The ends move in quarters of
-// an octave, so that the levels mostly stay where they are from step to step. And values are rounded up or down in proportion
-// to their distance, by a sequence that is even over the steps: rounded to nearest, an average that moves by less than half a
-// level per step would never move. In the first steps averages move by more than that, so rounding starts as to nearest.
+// Second moments (unsigned): 254 levels between the block's smallest and largest nonzero value, evenly spaced in the bit
+// pattern, which is a piecewise linear logarithm. The relative precision is the same at both ends, and nothing but zero is
+// stored as zero. Two things matter more than the error of one rounding, because a slow average (beta2 = 0.999) is rounded
+// again at every step. The lower end moves in quarters of an octave, so that the levels mostly stay where they are from step to
+// step. And values are rounded up or down in proportion to their distance, by a sequence that is even over the steps: rounded
+// to nearest, an average that moves by less than half a level per step would never move. In the first steps averages move by
+// more than that, so rounding starts as nearly to nearest.
 //
-// First moments (signed): they pass through zero, so the smallest magnitude in a block says nothing. The magnitude r,
-// relative to the scale, is companded as the pattern of 1 + mu * r, with one knee in the steps per level where mu is small.
-// Among eight such curves the mean logarithm of the magnitudes, relative to the largest, chooses: nearly even levels where the
-// magnitudes are of one order, a logarithm where a block holds gradients of many orders.
+// First moments (signed): they pass through zero, so the smallest magnitude in a block says nothing. A magnitude r, relative to
+// the scale, has the level 127 * (1 + bend) * z / (1 + bend * z), where z is r, its square root or its fourth root: nearly even
+// levels where the magnitudes are of one order, nearly a logarithm where a block holds gradients of many orders. The mean
+// logarithm of the magnitudes, relative to the largest, chooses one of four such curves. The flatter the curve, the more
+// precise the scale: the largest magnitude has the coarsest levels around it, and gains from lying on one.
 //
 // Infinities and NaN become NaN, and do not touch the other elements of their block.
 #pragma once
@@ -36,11 +38,12 @@ FUSED_HD uint32_t block8_magnitude(float x) {
 
 constexpr uint32_t kUnsignedNan = 255;
 constexpr int32_t kUnsignedLevels = 254;
-constexpr uint32_t kLowShift = 21;         // the range begins at a quarter of an octave
-constexpr uint32_t kSmallestStep = 564;    // as a quarter-octave number: steps of 2^14 patterns per level
-constexpr uint32_t kWidestRange = 253u * (7u << 19);  // 110 octaves; what lies below is raised to the lower end
+constexpr uint32_t kLowShift = 21;        // the range begins at a quarter of an octave
+constexpr uint32_t kStepShift = 20;       // eight sizes of a level per octave
+constexpr uint32_t kSmallestStep = 1128;  // as such a number: 2^14 patterns per level
+constexpr uint32_t kWidestRange = 253u * (15u << 18);  // 118 octaves; what lies below is raised to the lower end
 
-// High 11 bits: where the range begins; low 5 bits: the patterns per level, (4 + i % 4) * 2^(12 + i / 4). `smallest` is that
+// High 10 bits: where the range begins; low 6 bits: the patterns per level, (8 + i % 8) * 2^(11 + i / 8). `smallest` is that
 // of the nonzero magnitudes and has no meaning where `largest` is 0.
 FUSED_HD uint16_t block8_scale_unsigned(uint32_t smallest, uint32_t largest) {
   const uint32_t bound = largest > kWidestRange ? (largest - kWidestRange + (1u << kLowShift) - 1u) >> kLowShift : 4u;
@@ -49,8 +52,8 @@ FUSED_HD uint16_t block8_scale_unsigned(uint32_t smallest, uint32_t largest) {
   const uint32_t low = begin > raised ? begin : raised;
   const int32_t width = int32_t(largest) - int32_t(low << kLowShift);
   const float step = float(width < 1 ? 1 : width) * (1.0f / 253.0f);
-  const int32_t index = int32_t((bits_of(step) + 0x1fffffu) >> kLowShift) - int32_t(kSmallestStep);
-  return uint16_t(largest == 0u ? 0u : (low << 5) | uint32_t(clamp(index, 0, 31)));
+  const int32_t index = int32_t((bits_of(step) + 0xfffffu) >> kStepShift) - int32_t(kSmallestStep);
+  return uint16_t(largest == 0u ? 0u : (low << 6) | uint32_t(clamp(index, 0, 63)));
 }
 
 struct Block8Unsigned {
@@ -60,9 +63,9 @@ struct Block8Unsigned {
 };
 
 FUSED_HD Block8Unsigned block8_unsigned(uint16_t scale) {
-  const uint32_t index = scale & 31u;
-  const int32_t step = int32_t((4u + (index & 3u)) << (12u + (index >> 2)));
-  return {uint32_t(scale >> 5) << kLowShift, step, 1.0f / float(step)};
+  const uint32_t index = scale & 63u;
+  const int32_t step = int32_t((8u + (index & 7u)) << (11u + (index >> 3)));
+  return {uint32_t(scale >> 6) << kLowShift, step, 1.0f / float(step)};
 }
 
 FUSED_HD float block8_decode(uint8_t code, const Block8Unsigned& block) {
@@ -80,33 +83,35 @@ FUSED_HD uint8_t block8_encode(float x, const Block8Unsigned& block, float thres
   return uint8_t(a == 0u ? 0 : (a >= kInfinity ? int32_t(kUnsignedNan) : code));
 }
 
-// Where the elements of a block round up at a step: evenly spread over any run of steps and over the lanes of a block, and
-// unrelated between blocks.
-struct Block8Threshold {
-  uint32_t phase;
-  float spread;  // grows to the whole width of a level over 32 steps
-};
-
 constexpr uint32_t kLanePhase = 0xC13FA9A9u;
 
-FUSED_HD Block8Threshold block8_threshold(uint32_t block, uint32_t step) {
+// Where the elements of a block round up at a step: evenly spread over any run of steps and over the lanes of a block, and
+// unrelated between blocks. The phase is that of the block's first element.
+FUSED_HD uint32_t block8_phase(uint32_t block, uint32_t step) {
   uint32_t h = block * 0x9E3779B1u;
   h = (h ^ (h >> 15)) * 0x85EBCA6Bu;
-  return {h + step * 0x9E3779B9u, float(int32_t(step < 32u ? step : 32u)) * 0x1p-28f};
+  return h + step * 0x9E3779B9u;
 }
 
-FUSED_HD float block8_threshold(const Block8Threshold& t, uint32_t lane) {
-  return float(int32_t(t.phase + lane * kLanePhase) >> 9) * t.spread + 1.5f;
+// How often the width of the thresholds around 1.5 is halved: it grows to that of a level over the first 32 steps.
+FUSED_HD uint32_t block8_narrow(uint32_t step) {
+  return uint32_t(step < 2u) + uint32_t(step < 4u) + uint32_t(step < 8u) + uint32_t(step < 16u) + uint32_t(step < 32u);
+}
+
+FUSED_HD uint32_t block8_least_threshold(uint32_t narrow) { return kOne + (0x400000u - (0x400000u >> narrow)); }
+
+FUSED_HD float block8_threshold(uint32_t phase, uint32_t narrow, uint32_t lane) {
+  return float_of(((phase + lane * kLanePhase) >> (9u + narrow)) + block8_least_threshold(narrow));
 }
 
 // ---- signed ----
 
 constexpr uint32_t kSignedNan = 0x80;
 constexpr int32_t kSignedLevels = 127;
-constexpr uint32_t kSmallestScale = 0x0d80u;  // 2^-100, as a high half: what lies far below becomes zero
-constexpr uint32_t kLargestScale = 0x7e80u;   // 2^126: what lies above becomes 2^126
-constexpr int32_t kDeficitLimit = 20 * 128;
-constexpr uint32_t kCurves = 8;
+constexpr uint32_t kSmallestScale = 0x11000000u;  // 2^-93: what lies far below becomes zero, and no level is denormal
+constexpr uint32_t kLargestScale = 0x7e800000u;   // 2^126: what lies above becomes 2^126
+constexpr int32_t kDeficitLimit = 8 * 128;
+constexpr uint32_t kCurves = 4;
 
 // How far a magnitude lies below the block's largest, in 1/128 octaves; both as the high halves of their patterns.
 FUSED_HD int32_t block8_deficit(uint32_t magnitude, uint32_t largest) {
@@ -114,41 +119,29 @@ FUSED_HD int32_t block8_deficit(uint32_t magnitude, uint32_t largest) {
   return magnitude == 0u ? 0 : (deficit > kDeficitLimit ? kDeficitLimit : deficit);
 }
 
-FUSED_HD int32_t pick(uint32_t i, int32_t a, int32_t b, int32_t c, int32_t d, int32_t e, int32_t f, int32_t g, int32_t h) {
-  return i < 4u ? (i < 2u ? (i == 0u ? a : b) : (i == 2u ? c : d)) : (i < 6u ? (i == 4u ? e : f) : (i == 6u ? g : h));
-}
-
 // Mean deficits beyond which the next curve is the better one.
-FUSED_HD int32_t curve_limit(uint32_t i) { return pick(i, 350, 372, 416, 474, 576, 666, 794, kDeficitLimit); }
+constexpr int32_t kSteeper = 345, kSquareRoot = 512, kFourthRoot = 614;
 
 // Which curve, by the sum of the deficits of the `count` nonzero magnitudes.
 FUSED_HD uint32_t block8_curve(int32_t deficit, int32_t count) {
-  uint32_t curve = 0;
-  for (uint32_t i = 0; i + 1u < kCurves; ++i) curve += uint32_t(deficit > curve_limit(i) * count);
-  return curve;
+  return uint32_t(deficit > kSteeper * count) + uint32_t(deficit > kSquareRoot * count) + uint32_t(deficit > kFourthRoot * count);
 }
 
-// Bits of the scale's mantissa: the flatter the curve, the more of them show in the error.
-FUSED_HD uint32_t curve_bits(uint32_t curve) { return curve < 2u ? 7u - curve : (curve < 4u ? 4u : 3u); }
+// Bits of the scale's mantissa, and the first of the low bytes that name a curve: 128 + 64 + 32 + 32 of them.
+FUSED_HD uint32_t curve_bits(uint32_t curve) { return curve < 2u ? 7u - curve : 5u; }
+FUSED_HD uint32_t curve_first(uint32_t curve) { return curve < 2u ? curve * 128u : curve * 32u + 128u; }
 
-// The first of the low bytes that name a curve: 128 + 64 + 2 x 16 + 4 x 8 of them.
-FUSED_HD uint32_t curve_first(uint32_t curve) {
-  return curve < 2u ? curve * 128u : (curve < 4u ? curve * 16u + 160u : curve * 8u + 192u);
-}
-
-// High byte: the exponent of the largest magnitude. Low byte: the curve and its bits of the mantissa.
+// High byte: the exponent of the largest magnitude. Low byte: the curve and its bits of the mantissa, rounded.
 FUSED_HD uint16_t block8_scale_signed(uint32_t largest, uint32_t curve) {
-  const uint32_t high = (largest + 0x8000u) >> 16;
-  const uint32_t bounded = high < kSmallestScale ? kSmallestScale : (high > kLargestScale ? kLargestScale : high);
+  const uint32_t bounded = largest < kSmallestScale ? kSmallestScale : (largest > kLargestScale ? kLargestScale : largest);
   const uint32_t bits = curve_bits(curve);
-  const uint32_t dropped = 7u - bits;
-  const uint32_t top = (bounded + (1u << dropped) - 1u) >> dropped;
-  return uint16_t(high == 0u ? 0u : (top >> bits << 8) | curve_first(curve) | (top & ((1u << bits) - 1u)));
+  const uint32_t top = (bounded + (1u << (22u - bits))) >> (23u - bits);
+  return uint16_t(largest == 0u ? 0u : (top >> bits << 8) | curve_first(curve) | (top & ((1u << bits) - 1u)));
 }
 
 FUSED_HD uint32_t curve_of(uint16_t scale) {
   const uint32_t low = scale & 0xffu;
-  return low < 192u ? low >> 7 : (low < 224u ? (low >> 4) - 10u : (low >> 3) - 24u);
+  return low < 192u ? low >> 7 : (low >> 5) - 4u;
 }
 
 FUSED_HD float top_of(uint16_t scale, uint32_t curve) {
@@ -156,55 +149,47 @@ FUSED_HD float top_of(uint16_t scale, uint32_t curve) {
   return float_of((uint32_t(scale >> 8) << 23) | ((scale & ((1u << bits) - 1u)) << (23u - bits)));
 }
 
-// Level l stands for the pattern of 1 + mu * r that lies max(l * near, l * far - fold) above that of 1.
+// Halving a pattern once or twice, and adding what keeps that of 1 in its place, takes a root.
 struct Curve8 {
-  int32_t near, far, fold;
-  float mu, inverse_mu;
-  float near_inverse, far_inverse, lift;  // the level of a pattern p above: min(p * near_inverse, p * far_inverse + lift)
+  uint32_t halvings, bias;
+  float bend;   // 1 where there is a root, so that it need not be multiplied by it
+  float reach;  // the level that the curve approaches, 127 * (1 + bend) / bend
 };
 
 FUSED_HD Curve8 curve8(uint32_t curve) {
-  // mu of about 1.5, 2.5, 6, 16, 60, 320, 1536, 32768
-  const int32_t near = pick(curve, 66052, 107885, 151369, 245975, 390120, 545187, 693611, 990782);
-  const int32_t far = pick(curve, 99078, 161827, 227054, 368963, 390120, 545187, 693611, 990782);
-  const int32_t knee = pick(curve, 64, 109, 76, 104, 0, 0, 0, 0);
   Curve8 c;
-  c.near = near;
-  c.far = far;
-  c.fold = knee * (far - near);
-  c.mu = float_of(kOne + uint32_t(kSignedLevels * far - c.fold)) - 1.0f;
-  c.inverse_mu = 1.0f / c.mu;
-  c.near_inverse = 1.0f / float(near);
-  c.far_inverse = 1.0f / float(far);
-  c.lift = float(knee) - float(knee * near) * c.far_inverse;
+  c.halvings = curve < 2u ? 0u : curve - 1u;
+  c.bias = kOne - (kOne >> c.halvings);
+  c.bend = curve == 0u ? 0.75f : (curve == 1u ? 2.0f : 1.0f);
+  c.reach = float(kSignedLevels) * (1.0f + c.bend) / c.bend;
   return c;
 }
 
 struct Block8Signed {
   Curve8 curve;
-  float gain;  // of a magnitude, to mu * r
-  float unit;  // of mu * r, to a magnitude
+  float gain;  // of a magnitude, to bend * r
+  float unit;  // of bend * r, to a magnitude
 };
 
-FUSED_HD Block8Signed block8_signed(uint16_t scale, const Curve8& curve) {
-  const float top = top_of(scale, curve_of(scale));
-  return {curve, top > 0.0f ? curve.mu / top : 0.0f, top * curve.inverse_mu};
+FUSED_HD Block8Signed block8_signed(uint16_t scale) {
+  const uint32_t curve = curve_of(scale);
+  const float top = top_of(scale, curve);
+  const Curve8 c = curve8(curve);
+  return {c, top > 0.0f ? c.bend / top : 0.0f, top / c.bend};
 }
-
-FUSED_HD Block8Signed block8_signed(uint16_t scale) { return block8_signed(scale, curve8(curve_of(scale))); }
 
 FUSED_HD float block8_decode(uint8_t code, const Block8Signed& block) {
   const int32_t level = code < 128 ? code : 256 - code;
-  const int32_t near = level * block.curve.near, far = level * block.curve.far - block.curve.fold;
-  const float x = (float_of(kOne + uint32_t(near > far ? near : far)) - 1.0f) * block.unit;
+  const float z = float(level) / (block.curve.reach - float(level));
+  const int32_t root = int32_t(bits_of(z) - block.curve.bias);
+  const float x = float_of(uint32_t(root < 0 ? 0 : root) << block.curve.halvings) * block.unit;
   return float_of(code == kSignedNan ? kNan : bits_of(x) | (uint32_t(code & 0x80u) << 24));
 }
 
 FUSED_HD uint8_t block8_encode(float x, const Block8Signed& block) {
   const uint32_t a = bits_of(x) & kMagnitude;
-  const float above = float(int32_t(bits_of(1.0f + float_of(a) * block.gain) - kOne));
-  const float near = above * block.curve.near_inverse, far = above * block.curve.far_inverse + block.curve.lift;
-  const float y = near < far ? near : far;
+  const float z = float_of((bits_of(float_of(a) * block.gain) >> block.curve.halvings) + block.curve.bias);
+  const float y = block.curve.reach * z / (1.0f + z);
   const float bounded = y < float(kSignedLevels) ? y : float(kSignedLevels);
   const uint32_t level = bits_of(bounded + 0x1.8p23f) & 0x7fu;  // to nearest even
   return uint8_t(a >= kInfinity ? kSignedNan : (bits_of(x) >> 31 ? 0u - level : level));

@@ -155,17 +155,16 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 # ---- 8-bit blocks ----
 
 _UNSIGNED_NAN, _UNSIGNED_LEVELS = 255, 254
-_LOW_SHIFT, _SMALLEST_STEP, _WIDEST_RANGE = 21, 564, 253 * (7 << 19)
+_LOW_SHIFT, _STEP_SHIFT, _SMALLEST_STEP, _WIDEST_RANGE = 21, 20, 1128, 253 * (15 << 18)
 _LANE_PHASE = 0xC13FA9A9
 _SIGNED_NAN, _SIGNED_LEVELS = 0x80, 127
-_SMALLEST_SCALE, _LARGEST_SCALE = 0x0D80, 0x7E80
-_DEFICIT_LIMIT = 20 * 128
-_DEFICITS = (350, 372, 416, 474, 576, 666, 794)
-_NEAR = (66052, 107885, 151369, 245975, 390120, 545187, 693611, 990782)
-_FAR = (99078, 161827, 227054, 368963, 390120, 545187, 693611, 990782)
-_KNEE = (64, 109, 76, 104, 0, 0, 0, 0)
-_CURVE_BITS = (7, 6, 4, 4, 3, 3, 3, 3)
-_CURVE_FIRST = (0, 128, 192, 208, 224, 232, 240, 248)
+_SMALLEST_SCALE, _LARGEST_SCALE = 0x11000000, 0x7E800000
+_DEFICIT_LIMIT = 8 * 128
+_DEFICITS = (345, 512, 614)
+_HALVINGS = (0, 0, 1, 2)
+_BEND = (0.75, 2.0, 1.0, 1.0)
+_SCALE_BITS = (7, 6, 5, 5)
+_CURVE_FIRST = (0, 128, 192, 224)
 _ONE = 0x3F800000
 _NAN = 0x7FC00000
 
@@ -189,7 +188,7 @@ def encode_blocks8(x: Tensor, signed: bool, step: int | Tensor | None = None) ->
     if signed:
         codes, scales = _encode_signed(u, magnitude, finite)
     else:
-        threshold = 0.5 if step is None else _thresholds(count, step, u.device)
+        threshold = 1.5 if step is None else _thresholds(count, step, u.device)
         codes, scales = _encode_unsigned(magnitude, finite, threshold)
     return codes.flatten()[: flat.numel()].to(torch.uint8).view(x.shape), _signed16(scales)
 
@@ -209,8 +208,8 @@ def _signed16(words: Tensor) -> Tensor:
 
 def _unsigned_block(words: Tensor) -> tuple[Tensor, Tensor]:
     """Where the range begins, and the bit patterns per level."""
-    index = words & 31
-    return words >> 5 << _LOW_SHIFT, (4 + (index & 3)) << (12 + (index >> 2))
+    index = words & 63
+    return words >> 6 << _LOW_SHIFT, (8 + (index & 7)) << (11 + (index >> 3))
 
 
 def _encode_unsigned(magnitude: Tensor, finite: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -219,11 +218,11 @@ def _encode_unsigned(magnitude: Tensor, finite: Tensor, threshold: Tensor | floa
     bound = (largest - _WIDEST_RANGE + (1 << _LOW_SHIFT) - 1) >> _LOW_SHIFT
     begin = torch.maximum(smallest >> _LOW_SHIFT, bound.clamp(min=4))
     width = (largest - (begin << _LOW_SHIFT)).clamp(min=1).to(torch.float32)
-    index = ((bits_of(width * _reciprocal(width, 253)) + 0x1FFFFF) >> _LOW_SHIFT) - _SMALLEST_STEP
-    words = torch.where(largest == 0, 0, (begin << 5) | index.clamp(0, 31))
+    index = ((bits_of(width * _reciprocal(width, 253)) + 0xFFFFF) >> _STEP_SHIFT) - _SMALLEST_STEP
+    words = torch.where(largest == 0, 0, (begin << 6) | index.clamp(0, 63))
     low, step = _unsigned_block(words.unsqueeze(1))
     above = (torch.maximum(magnitude, low) - low).to(torch.float32)
-    level = (above * step.to(torch.float32).reciprocal() + (threshold + 1.0)).to(torch.int64)
+    level = (above * step.to(torch.float32).reciprocal() + threshold).to(torch.int64)
     codes = torch.where(magnitude >= _INFINITY, _UNSIGNED_NAN, level.clamp(max=_UNSIGNED_LEVELS))
     return torch.where(magnitude == 0, 0, codes), words
 
@@ -239,63 +238,59 @@ def _decode_unsigned(codes: Tensor, words: Tensor) -> Tensor:
 
 
 def _thresholds(count: int, step: int | Tensor, device: torch.device | None = None) -> Tensor:
-    """Where second moments round up, in [0, 1): evenly spread over the steps and the lanes of each of ``count`` blocks.
+    """Where second moments round up, in [1, 2): evenly spread over the steps and the lanes of each of ``count`` blocks.
 
     In the first steps averages move by more than a level, and nothing is gained by rounding up and down at random: the
-    spread grows from that of rounding to nearest over 32 steps.
+    spread grows from almost that of rounding to nearest, 1.5, over 32 steps.
     """
     h = (torch.arange(count, dtype=torch.int64, device=device) & _MASK) * 0x9E3779B1 & _MASK
     h = _mul_hi_lo(0x85EBCA6B, h ^ (h >> 15))[1]
     now = step.to(torch.int64) if isinstance(step, Tensor) else torch.tensor(int(step), device=device)
     lanes = torch.arange(BLOCK8, dtype=torch.int64, device=device) * _LANE_PHASE
     phase = (h.unsqueeze(1) + (now * 0x9E3779B9 & _MASK) + lanes) & _MASK
-    centered = torch.where(phase >= 1 << 31, phase - (1 << 32), phase) >> 9
-    return centered.to(torch.float32) * (now.clamp(max=32).to(torch.float32) * 2.0**-28) + 0.5
+    narrow = sum((now < 2**k).to(torch.int64) for k in range(1, 6))  # how often the spread is halved
+    return float_of((phase >> (9 + narrow)) + _ONE + (1 << 22) - ((1 << 22) >> narrow))
 
 
-def _table(values: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
+    dtype = torch.int64 if isinstance(values[0], int) else torch.float32
+    return torch.tensor(values, dtype=dtype, device=like.device)
 
 
-def _curve(words: Tensor) -> Tensor:
-    return torch.bucketize(words & 0xFF, _table(_CURVE_FIRST[1:], words), right=True)
-
-
-def _signed_block(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scale, mu, and the curve: bit patterns per level before and after the knee, and where that lies."""
-    curve = _curve(words)
-    near, far, knee = (_table(t, words)[curve] for t in (_NEAR, _FAR, _KNEE))
-    bits = _table(_CURVE_BITS, words)[curve]
+def _signed_block(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale, and the curve: its bend, how often the exponent is halved, and the pattern that halving adds."""
+    curve = torch.bucketize(words & 0xFF, _table(_CURVE_FIRST[1:], words), right=True)
+    bits, halvings = _table(_SCALE_BITS, words)[curve], _table(_HALVINGS, words)[curve]
     top = float_of((words >> 8 << 23) | ((words & ((1 << bits) - 1)) << (23 - bits)))
-    mu = float_of(_ONE + _SIGNED_LEVELS * far - knee * (far - near)) - 1.0
-    return top, mu, near, far, knee
+    return top, _table(_BEND, words)[curve], halvings, _ONE - (_ONE >> halvings)
+
+
+def _reach(bend: Tensor) -> Tensor:
+    """The level that a curve approaches."""
+    return _SIGNED_LEVELS * (1.0 + bend) / bend
 
 
 def _encode_signed(u: Tensor, magnitude: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    largest = finite.amax(1, keepdim=True)
     high = finite >> 16
-    deficit = torch.where(high != 0, (high.amax(1, keepdim=True) - high).clamp(max=_DEFICIT_LIMIT), 0).sum(
-        1, keepdim=True
-    )
+    deficit = torch.where(high != 0, ((largest >> 16) - high).clamp(max=_DEFICIT_LIMIT), 0).sum(1, keepdim=True)
     count = (high != 0).sum(1, keepdim=True)
     curve = (deficit > _table(_DEFICITS, u) * count).sum(1, keepdim=True)
-    bits, first = _table(_CURVE_BITS, u)[curve], _table(_CURVE_FIRST, u)[curve]
-    largest = (finite.amax(1, keepdim=True) + 0x8000) >> 16
-    scale = (largest.clamp(_SMALLEST_SCALE, _LARGEST_SCALE) + (1 << (7 - bits)) - 1) >> (7 - bits)
+    bits, first = _table(_SCALE_BITS, u)[curve], _table(_CURVE_FIRST, u)[curve]
+    scale = (largest.clamp(_SMALLEST_SCALE, _LARGEST_SCALE) + (1 << (22 - bits))) >> (23 - bits)
     words = torch.where(largest == 0, 0, (scale >> bits << 8) | first | (scale & ((1 << bits) - 1)))
-    top, mu, near, far, knee = _signed_block(words)
-    gain = torch.where(top > 0, mu / top, 0.0)
-    above = (bits_of(1.0 + float_of(magnitude) * gain) - _ONE).to(torch.float32)
-    far_inverse = far.to(torch.float32).reciprocal()
-    lift = knee.to(torch.float32) - (knee * near).to(torch.float32) * far_inverse
-    y = torch.minimum(above * near.to(torch.float32).reciprocal(), above * far_inverse + lift)
-    level = y.clamp(max=_SIGNED_LEVELS).round().to(torch.int64)
+    top, bend, halvings, bias = _signed_block(words)
+    reach, gain = _reach(bend), torch.where(top > 0, bend / top, 0.0)
+    z = float_of((bits_of(float_of(magnitude) * gain) >> halvings) + bias)
+    level = (reach * z / (1.0 + z)).clamp(max=_SIGNED_LEVELS).round().to(torch.int64)
     codes = torch.where(u >> 31 != 0, -level & 0xFF, level)
     return torch.where(magnitude >= _INFINITY, _SIGNED_NAN, codes), words.squeeze(1)
 
 
 def _decode_signed(codes: Tensor, words: Tensor) -> Tensor:
-    top, mu, near, far, knee = _signed_block(words)
-    level = torch.where(codes < 128, codes, 256 - codes)
-    pattern = _ONE + torch.maximum(level * near, level * far - knee * (far - near))
-    x = (float_of(pattern) - 1.0) * (top * mu.reciprocal())
+    top, bend, halvings, bias = _signed_block(words)
+    reach = _reach(bend)
+    level = torch.where(codes < 128, codes, 256 - codes).to(torch.float32)
+    z = level / (reach - level)
+    x = float_of((bits_of(z) - bias).clamp(min=0) << halvings) * (top / bend)
     return float_of(torch.where(codes == _SIGNED_NAN, _NAN, bits_of(x) | ((codes & 0x80) << 24)))

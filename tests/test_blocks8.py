@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor
 
 import fused
 from fused import formats
+from fused.demo import text
+from fused.demo.model import GPT, GPTConfig
 from fused.precision import BLOCK8
 from fused.state import SCALE
 
@@ -78,48 +83,147 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def adam_steps(decades: float, beta2: float, steps: int, check: int) -> dict[str, tuple[float, float]]:
-    """Adam with its moments stored by every scheme: relative rms error of step ``check``, and the largest step."""
-    n = 8 * 256
-    generator = torch.Generator().manual_seed(int(10 * decades))
-    scale = 10 ** (-decades * torch.rand(n, generator=generator))
-    moments = {name: (torch.zeros(n), torch.zeros(n)) for name in SCHEMES}
-    largest = dict.fromkeys(SCHEMES, 0.0)
-    at_check: dict[str, Tensor] = {}
-    for step in range(1, steps + 1):
-        g = torch.randn(n, generator=generator) * scale
+@dataclass(frozen=True)
+class Errors:
+    """Of one scheme at one step, beside Adam with float32 moments: relative rms errors, and the largest step so far."""
+
+    first: float  # of the first moments, in units of the step
+    second: float  # of the square roots of the second moments
+    step: float
+    largest: float
+
+
+class Adams:
+    """Adam on the same gradients with its moments stored by every scheme, as the next step finds them."""
+
+    def __init__(self, sizes: list[int], beta2: float, eps: float) -> None:
+        self.sizes, self.beta2, self.eps, self.now = sizes, beta2, eps, 0
+        self.moments = {name: (torch.zeros(sum(sizes)), torch.zeros(sum(sizes))) for name in SCHEMES}
+        self.updates: dict[str, Tensor] = {}
+        self.largest = {name: torch.zeros(len(sizes)) for name in SCHEMES}
+
+    def step(self, g: Tensor) -> None:
+        """Every scheme decodes, updates, steps and encodes."""
+        self.now += 1
         for name, (store_first, store_second) in SCHEMES.items():
-            m, v = moments[name]
-            m, v = torch.lerp(m, g, 0.1), beta2 * v + (1 - beta2) * g * g
-            update = m / (1 - 0.9**step) / ((v / (1 - beta2**step)).sqrt() + 1e-20)
-            largest[name] = max(largest[name], float(update.abs().max()))
-            if step == check:
-                at_check[name] = update
-            moments[name] = store_first(m, step), store_second(v, step)
-    exact = at_check["float32"]
-    return {name: (rms(at_check[name] - exact) / rms(exact), largest[name]) for name in SCHEMES}
+            m, v = self.moments[name]
+            m, v = torch.lerp(m, g, 0.1), self.beta2 * v + (1 - self.beta2) * g * g
+            m_hat, v_hat = m / (1 - 0.9**self.now), v / (1 - self.beta2**self.now)
+            self.updates[name] = update = m_hat / (v_hat.sqrt() + self.eps)
+            largest = torch.stack([part.abs().max() for part in update.split(self.sizes)])
+            self.largest[name] = torch.maximum(self.largest[name], largest)
+            self.moments[name] = store_first(m, self.now), store_second(v, self.now)
+
+    def errors(self, name: str) -> list[Errors]:
+        """Of each part."""
+        (m0, v0), (m, v) = self.moments["float32"], self.moments[name]
+        exact, update = self.updates["float32"], self.updates[name]
+        there = v0 > 1e-24  # in training some gradients are zero
+        root = torch.where(there, v0, 1.0).sqrt()
+        first, second = torch.where(there, (m - m0) / root, 0.0), torch.where(there, v.sqrt() / root - 1, 0.0)
+        unit = torch.where(there, m0 / root, 0.0)
+        parts = zip(*(x.split(self.sizes) for x in (first, unit, second, update - exact, exact)), strict=True)
+        return [
+            Errors(rms(m) / rms(u), rms(v), rms(s) / rms(e), float(largest))
+            for (m, u, v, s, e), largest in zip(parts, self.largest[name], strict=True)
+        ]
 
 
 # ---- against them ----
 
 
-@pytest.mark.parametrize("beta2", [0.999, 0.95])
-@pytest.mark.parametrize("decades", [0, 1, 2, 3, 4, 5])
-def test_steps_are_closer_to_float32s_than_published_schemes(decades: int, beta2: float) -> None:
-    """In the loop, where every step rounds again. At equal bytes (1.0625) flashoptim's step is the closest other one.
+DECADES = [quarter / 4 for quarter in range(21)]
+LAST = {0.999: 200, 0.95: 60}
 
-    Where all gradients of a block have one scale, softsign leaves nothing to improve in the first moments; 1.1 is the
-    tolerance for the step; finer second moments make up for it where beta2 is large.
-    """
-    steps = 200 if beta2 == 0.999 else 60
-    result = adam_steps(decades, beta2, steps, steps)
-    error, largest = result["fused"]
-    slack = 1.1 if (decades, beta2) == (0, 0.95) else 1.0
-    assert error <= slack * result["flashoptim"][0], result
-    assert error < 0.75 * result["bitsandbytes"][0], result
-    assert largest <= 2 * result["float32"][1], result
-    if decades >= 3:
-        assert result["flashoptim"][1] > 100, "the published scheme's large steps should show in this test"
+
+def synthetic(beta2: float, decades: list[float], checks: tuple[int, ...]) -> dict[int, dict[str, list[Errors]]]:
+    """Errors at some steps where the gradients of a block have scales over so many decades."""
+    generator = torch.Generator().manual_seed(0)
+    n = 16 * 256
+    scale = torch.cat([10 ** (-d * torch.rand(n, generator=generator)) for d in decades])
+    adams = Adams([n] * len(decades), beta2, eps=1e-20)
+    result = {}
+    for step in range(1, max(checks) + 1):
+        adams.step(torch.randn(scale.numel(), generator=generator) * scale)
+        if step in checks:
+            result[step] = {name: adams.errors(name) for name in SCHEMES}
+    return result
+
+
+@functools.cache
+def every_decade(beta2: float) -> dict[int, dict[str, list[Errors]]]:
+    return synthetic(beta2, DECADES, (30, LAST[beta2]))
+
+
+def assert_no_worse(result: dict[str, list[Errors]], part: int) -> None:
+    """At equal bytes (1.0625 per element and moment; bitsandbytes: 1.0156)."""
+    ours, float32 = result["fused"][part], result["float32"][part]
+    flashoptim, dynamic = result["flashoptim"][part], result["bitsandbytes"][part]
+    # Where all gradients of a block have one scale, softsign leaves nothing to improve in the first moments; both codes
+    # have as many levels there, and errors of so few elements differ by a few hundredths from one seed to another.
+    assert ours.first <= 1.03 * flashoptim.first, (ours, flashoptim)
+    assert ours.first < 0.75 * dynamic.first, (ours, dynamic)
+    assert ours.second <= min(flashoptim.second, dynamic.second), (ours, flashoptim, dynamic)
+    assert ours.step <= flashoptim.step, (ours, flashoptim)
+    assert ours.step < 0.75 * dynamic.step, (ours, dynamic)
+    assert ours.largest <= 2 * float32.largest, (ours, float32)
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.95])
+@pytest.mark.parametrize("decades", DECADES)
+def test_no_worse_than_published_schemes(decades: float, beta2: float) -> None:
+    """In the loop, where every step rounds again."""
+    for result in every_decade(beta2).values():
+        assert_no_worse(result, DECADES.index(decades))
+        if decades >= 3:
+            largest = result["flashoptim"][DECADES.index(decades)].largest
+            assert largest > 100, "the published scheme's large steps should show in this test"
+
+
+@functools.cache
+def recorded_gradients() -> tuple[list[int], list[Tensor]]:
+    """Of a small GPT that learns the standard library's source: whole blocks of both sizes."""
+    torch.manual_seed(0)
+    try:
+        corpus = text.standard_library()
+    except text.CorpusError as error:
+        pytest.skip(str(error))
+    model = GPT(GPTConfig(layers=2, heads=2, width=32, context=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    weights = [p for p in model.parameters() if p.numel() % 256 == 0]
+    gradients, losses = [], []
+    for (x, y), _ in zip(text.random_batches(corpus.train, 8, 32, 0), range(100), strict=False):
+        optimizer.zero_grad()
+        loss = model.loss(x, y)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in weights if p.grad is not None]))
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1, "the model should learn"
+    return [p.numel() for p in weights], gradients
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.95])
+def test_no_worse_in_training(beta2: float) -> None:
+    """Steps from the moments of a real run: over the whole model from the first steps, and tensor by tensor."""
+    sizes, gradients = recorded_gradients()
+    model, tensors = Adams([sum(sizes)], beta2, eps=1e-8), Adams(sizes, beta2, eps=1e-8)
+    for step, g in enumerate(gradients, 1):
+        model.step(g)
+        tensors.step(g)
+        if step in (5, 30, 60, 100):
+            ours, flashoptim, dynamic, float32 = (
+                model.errors(name)[0] for name in ("fused", "flashoptim", "bitsandbytes", "float32")
+            )
+            assert ours.step <= flashoptim.step and ours.second <= flashoptim.second, (step, ours, flashoptim)
+            assert ours.step < 0.6 * dynamic.step and ours.second < 0.75 * dynamic.second, (step, ours, dynamic)
+            assert ours.largest <= 1.25 * float32.largest, (step, ours, float32)
+        if step in (60, 100):
+            schemes = map(tensors.errors, ("fused", "flashoptim", "bitsandbytes"))
+            for ours, flashoptim, dynamic in zip(*schemes, strict=True):
+                # A thousand elements: errors differ by a few hundredths from one seed to another.
+                assert ours.step <= 1.03 * flashoptim.step, (step, ours, flashoptim)
+                assert ours.step < 0.6 * dynamic.step, (step, ours, dynamic)
 
 
 def test_second_moments_keep_up_with_slow_averages() -> None:
@@ -237,23 +341,80 @@ def test_signs_and_order_survive() -> None:
     stored = round_trip(torch.nn.functional.pad(m[:BLOCK8], (0, 0)), True)
     assert bool((stored.sign() == m[:BLOCK8].sign()).all())
     every = torch.arange(256, dtype=torch.uint8)
-    for low in (0, 128, 192, 208, 224, 232, 240, 248):  # every curve
+    for low in (0, 128, 192, 224):  # every curve
         values = formats.decode_blocks8(every, torch.full((8,), (127 << 8) | low, dtype=torch.int16), True)
         assert values[0] == 0 and bool((values[:128].diff() > 0).all()) and bool(values[128].isnan())
         torch.testing.assert_close(values[127], torch.tensor(1.0), rtol=1e-6, atol=0)
         torch.testing.assert_close(values[129:].flip(0), -values[1:128], rtol=0, atol=0)
         again, scales = formats.encode_blocks8(values[:128].view(4, 32).T.contiguous(), True)
-        assert torch.equal(formats.decode_blocks8(again, scales, True).sign(), values[:128].view(4, 32).T.sign())
+        stored, exact = formats.decode_blocks8(again, scales, True), values[:128].view(4, 32).T
+        assert bool((stored >= 0).all()) and bool((stored[exact > 1e-3] > 0).all())
 
 
 def test_thresholds_are_even_over_steps() -> None:
     early = formats._thresholds(8, 2)
-    assert float((early - 0.5).abs().max()) < 0.04, "the first steps round almost to nearest"
+    assert float((early - 1.5).abs().max()) < 0.04, "the first steps round almost to nearest"
     draws = torch.stack([formats._thresholds(8, step).flatten() for step in range(32, 1032)])
-    assert float((draws.mean(0) - 0.5).abs().max()) < 0.01
-    assert float(draws.min()) >= 0.0 and float(draws.max()) < 1.0
+    assert float((draws.mean(0) - 1.5).abs().max()) < 0.01
+    assert float(draws.min()) >= 1.0 and float(draws.max()) < 2.0
     correlation = torch.corrcoef(torch.stack((draws[0, :-1], draws[0, 1:])))[0, 1]
     assert abs(float(correlation)) < 0.25
+
+
+# ---- planted defects ----
+
+
+def _nearest(count: int, step: object, device: object = None) -> Tensor:
+    return torch.full((count, BLOCK8), 1.5)
+
+
+def _downwards(count: int, step: object, device: object = None) -> Tensor:
+    return torch.full((count, BLOCK8), 0.5)
+
+
+def _check_no_worse() -> None:
+    result = synthetic(0.95, [0, 0.5, 1, 2, 4], (60,))[60]
+    for part in range(5):
+        assert_no_worse(result, part)
+
+
+def _check_scales() -> None:
+    for scale in (1e-12, 1.0, 1e8):
+        test_any_gradient_scale(scale, True)
+        test_any_gradient_scale(scale, False)
+
+
+def _check_nonfinite() -> None:
+    for signed in (True, False):
+        test_nonfinite_elements_become_nan_and_leave_their_block_alone(signed, math.inf)
+
+
+DEFECTS: dict[str, tuple[str, object, Callable[[], None]]] = {
+    "none": ("_ONE", formats._ONE, _check_no_worse),
+    "levels as even as those of integers": ("_BEND", (0.01, 2.0, 1.0, 1.0), _check_no_worse),
+    "the levels of a logarithm": ("_BEND", (6.0, 6.0, 1.0, 1.0), _check_no_worse),
+    "one curve": ("_DEFICITS", (1 << 20,) * 3, _check_no_worse),
+    "the steepest curve": ("_DEFICITS", (0, 0, 0), _check_no_worse),
+    "a level per octave": ("_SMALLEST_STEP", 1128 - 16, _check_no_worse),
+    "a range of four octaves": ("_WIDEST_RANGE", 253 * (1 << 17), test_nonzero_second_moments_stay_nonzero),
+    "second moments to nearest": ("_thresholds", _nearest, test_second_moments_keep_up_with_slow_averages),
+    "second moments downwards": ("_thresholds", _downwards, test_nonzero_second_moments_stay_nonzero),
+    "scales of float16": ("_LARGEST_SCALE", 0x477FE000, _check_scales),
+    "small scales lost": ("_SMALLEST_SCALE", 0x38800000, _check_scales),
+    "infinity in the scale": ("_INFINITY", 0x7F800001, _check_nonfinite),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above would fail with a worse code."""
+    place, value, check = DEFECTS[name]
+    monkeypatch.setattr(formats, place, value)
+    if name == "none":
+        check()
+        return
+    with pytest.raises(AssertionError):
+        check()
 
 
 # ---- every backend the same bytes ----

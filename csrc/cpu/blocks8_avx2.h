@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kVectors8 = kBlock8 / 8;
 constexpr int kLanes8 = 8;
-static_assert(kBlocks8 % kLanes8 == 0 && kCurves == kLanes8, "blocks and curves fill the lanes of a vector");
+static_assert(kBlocks8 % kLanes8 == 0 && kCurves <= kLanes8, "blocks fill the lanes of vectors, curves fit into one");
 
 inline __m256i bits256(__m256 x) { return _mm256_castps_si256(x); }
 inline __m256 float256(__m256i x) { return _mm256_castsi256_ps(x); }
@@ -56,16 +56,14 @@ inline __m256i in_order(__m256i bytes) {
 // ---- signed ----
 
 struct CurveTable {
-  alignas(32) int32_t near[kCurves], far[kCurves], fold[kCurves], bits[kCurves], first[kCurves];
-  alignas(32) float mu[kCurves], inverse_mu[kCurves], near_inverse[kCurves], far_inverse[kCurves], lift[kCurves];
+  alignas(32) uint32_t bits[kLanes8] = {}, first[kLanes8] = {}, halvings[kLanes8] = {}, bias[kLanes8] = {};
+  alignas(32) float bend[kLanes8] = {}, reach[kLanes8] = {};
 
   CurveTable() {
     for (uint32_t c = 0; c < kCurves; ++c) {
       const Curve8 curve = curve8(c);
-      near[c] = curve.near, far[c] = curve.far, fold[c] = curve.fold;
-      mu[c] = curve.mu, inverse_mu[c] = curve.inverse_mu;
-      near_inverse[c] = curve.near_inverse, far_inverse[c] = curve.far_inverse, lift[c] = curve.lift;
-      bits[c] = int32_t(curve_bits(c)), first[c] = int32_t(curve_first(c));
+      halvings[c] = curve.halvings, bias[c] = curve.bias, bend[c] = curve.bend, reach[c] = curve.reach;
+      bits[c] = curve_bits(c), first[c] = curve_first(c);
     }
   }
 };
@@ -76,16 +74,14 @@ inline const CurveTable& curve_table() {
   return table;
 }
 
-inline __m256i look_up(const int32_t* table, __m256i curve) {
+inline __m256i look_up(const uint32_t* table, __m256i curve) {
   return _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)), curve);
 }
 inline __m256 look_up(const float* table, __m256i curve) { return _mm256_permutevar8x32_ps(_mm256_load_ps(table), curve); }
 
 inline __m256i curves_of(__m256i words) {
   const __m256i low = _mm256_and_si256(words, all(0xffu));
-  const __m256i steep = blend(_mm256_sub_epi32(_mm256_srli_epi32(low, 3), all(24u)), _mm256_sub_epi32(_mm256_srli_epi32(low, 4), all(10u)),
-                              _mm256_cmpgt_epi32(all(224u), low));
-  return blend(steep, _mm256_srli_epi32(low, 7), _mm256_cmpgt_epi32(all(192u), low));
+  return blend(_mm256_sub_epi32(_mm256_srli_epi32(low, 5), all(4u)), _mm256_srli_epi32(low, 7), _mm256_cmpgt_epi32(all(192u), low));
 }
 
 inline __m256 tops_of(__m256i words, __m256i curves) {
@@ -97,17 +93,17 @@ inline __m256 tops_of(__m256i words, __m256i curves) {
 
 struct DecodeSigned {
   static constexpr bool kSigned = true;
-  alignas(32) int32_t near[kBlocks8], far[kBlocks8], fold[kBlocks8];
-  alignas(32) float unit[kBlocks8];
+  alignas(32) uint32_t halvings[kBlocks8], bias[kBlocks8];
+  alignas(32) float reach[kBlocks8], unit[kBlocks8];
 
   DecodeSigned(const uint16_t* scales, int blocks) {
     const CurveTable& table = curve_table();
     for (int b = 0; b < blocks; b += kLanes8) {
       const __m256i words = load_scales(scales + b), curves = curves_of(words);
-      put(near + b, look_up(table.near, curves));
-      put(far + b, look_up(table.far, curves));
-      put(fold + b, look_up(table.fold, curves));
-      put(unit + b, _mm256_mul_ps(tops_of(words, curves), look_up(table.inverse_mu, curves)));
+      put(halvings + b, look_up(table.halvings, curves));
+      put(bias + b, look_up(table.bias, curves));
+      put(reach + b, look_up(table.reach, curves));
+      put(unit + b, _mm256_div_ps(tops_of(words, curves), look_up(table.bend, curves)));
     }
   }
 };
@@ -116,28 +112,37 @@ struct DecodeSigned {
 inline bool decode(const DecodeSigned& group, int b, const uint8_t* code, float* out) {
   const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code));
   if (any(_mm256_cmpeq_epi8(codes, _mm256_set1_epi8(char(kSignedNan))))) return false;
-  const __m256i near = all(uint32_t(group.near[b])), far = all(uint32_t(group.far[b])), fold = all(uint32_t(group.fold[b]));
-  const __m256 unit = _mm256_set1_ps(group.unit[b]), one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
-  for (int v = 0; v < kVectors8; ++v) {
-    const __m256i c = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + 8 * v)));
-    const __m256i level = _mm256_abs_epi32(c);
-    const __m256i above = _mm256_max_epi32(_mm256_mullo_epi32(level, near), _mm256_sub_epi32(_mm256_mullo_epi32(level, far), fold));
-    const __m256 x = _mm256_mul_ps(_mm256_sub_ps(float256(_mm256_add_epi32(above, bits256(one))), one), unit);
-    _mm256_storeu_ps(out + 8 * v, _mm256_or_ps(x, _mm256_and_ps(float256(c), sign)));
+  const __m256 reach = _mm256_set1_ps(group.reach[b]), unit = _mm256_set1_ps(group.unit[b]), sign = _mm256_set1_ps(-0.0f);
+  const auto values = [&](auto power) {
+    for (int v = 0; v < kVectors8; ++v) {
+      const __m256i c = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + 8 * v)));
+      const __m256 level = _mm256_cvtepi32_ps(c);
+      const __m256 z = _mm256_div_ps(level, _mm256_sub_ps(reach, _mm256_andnot_ps(sign, level)));
+      _mm256_storeu_ps(out + 8 * v, _mm256_mul_ps(power(z), unit));
+    }
+  };
+  if (group.halvings[b] == 0u) {  // most blocks
+    values([](__m256 z) { return z; });
+    return true;
   }
+  const __m256i halvings = all(group.halvings[b]), bias = all(group.bias[b]);
+  values([&](__m256 z) {
+    const __m256i root = _mm256_sub_epi32(bits256(_mm256_andnot_ps(sign, z)), bias);
+    const __m256i x = _mm256_sllv_epi32(_mm256_max_epi32(root, _mm256_setzero_si256()), halvings);
+    return _mm256_or_ps(float256(x), _mm256_and_ps(z, sign));
+  });
   return true;
 }
 
 inline __m256i scales_signed(__m256i largest, __m256i curves) {
-  const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(largest, all(0x8000u)), 16);
-  const __m256i bounded = _mm256_min_epi32(_mm256_max_epi32(high, all(kSmallestScale)), all(kLargestScale));
-  const __m256i bits = look_up(curve_table().bits, curves), dropped = _mm256_sub_epi32(all(7u), bits), one = all(1u);
-  const __m256i up = _mm256_sub_epi32(_mm256_sllv_epi32(one, dropped), one);
-  const __m256i top = _mm256_srlv_epi32(_mm256_add_epi32(bounded, up), dropped);
+  const __m256i bounded = _mm256_min_epi32(_mm256_max_epi32(largest, all(kSmallestScale)), all(kLargestScale));
+  const __m256i bits = look_up(curve_table().bits, curves), dropped = _mm256_sub_epi32(all(23u), bits), one = all(1u);
+  const __m256i half = _mm256_sllv_epi32(one, _mm256_sub_epi32(dropped, one));
+  const __m256i top = _mm256_srlv_epi32(_mm256_add_epi32(bounded, half), dropped);
   const __m256i mask = _mm256_sub_epi32(_mm256_sllv_epi32(one, bits), one);
   const __m256i low = _mm256_or_si256(look_up(curve_table().first, curves), _mm256_and_si256(top, mask));
   const __m256i word = _mm256_or_si256(_mm256_slli_epi32(_mm256_srlv_epi32(top, bits), 8), low);
-  return _mm256_andnot_si256(_mm256_cmpeq_epi32(high, _mm256_setzero_si256()), word);
+  return _mm256_andnot_si256(_mm256_cmpeq_epi32(largest, _mm256_setzero_si256()), word);
 }
 
 // What block8_deficit counts, on the high halves of two vectors at a time; a zero's half, less one, is past every other.
@@ -158,10 +163,8 @@ inline int deficits(const float* in, uint32_t largest, __m256i& sum) {
 
 inline __m256i curves_for(__m256i deficit, __m256i count) {
   __m256i curves = _mm256_setzero_si256();
-  for (uint32_t i = 0; i + 1 < kCurves; ++i) {
-    const __m256i limit = _mm256_mullo_epi32(count, all(uint32_t(curve_limit(i))));
-    curves = _mm256_sub_epi32(curves, _mm256_cmpgt_epi32(deficit, limit));
-  }
+  for (const int32_t mean : {kSteeper, kSquareRoot, kFourthRoot})
+    curves = _mm256_sub_epi32(curves, _mm256_cmpgt_epi32(deficit, _mm256_mullo_epi32(count, all(uint32_t(mean)))));
   return curves;
 }
 
@@ -177,7 +180,8 @@ inline uint32_t encode_signed(const float* in, int count, uint8_t* out, uint16_t
   const CurveTable& table = curve_table();
   alignas(32) uint32_t top[kBlocks8];
   alignas(32) int32_t nonzero[kBlocks8];
-  alignas(32) float gain[kBlocks8], near_inverse[kBlocks8], far_inverse[kBlocks8], lift[kBlocks8];
+  alignas(32) uint32_t halvings[kBlocks8], bias[kBlocks8];
+  alignas(32) float gain[kBlocks8], reach[kBlocks8];
   __m256i v[kBlocks8];
   uint32_t rare = 0;
   for (int b = 0; b < count; ++b) v[b] = largest_of(in + b * kBlock8);
@@ -191,23 +195,30 @@ inline uint32_t encode_signed(const float* in, int count, uint8_t* out, uint16_t
     const __m256 tops = tops_of(words, curves);
     store_scales(scales + b, words);
     const __m256 there = _mm256_cmp_ps(tops, _mm256_setzero_ps(), _CMP_GT_OQ);
-    put(gain + b, _mm256_and_ps(_mm256_div_ps(look_up(table.mu, curves), tops), there));
-    put(near_inverse + b, look_up(table.near_inverse, curves));
-    put(far_inverse + b, look_up(table.far_inverse, curves));
-    put(lift + b, look_up(table.lift, curves));
+    put(gain + b, _mm256_and_ps(_mm256_div_ps(look_up(table.bend, curves), tops), there));
+    put(reach + b, look_up(table.reach, curves));
+    put(halvings + b, look_up(table.halvings, curves));
+    put(bias + b, look_up(table.bias, curves));
     rare |= mask_bits(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u))) << b;
   }
   const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
   for (int b = 0; b < count; ++b) {
-    const __m256 up = _mm256_set1_ps(gain[b]), near = _mm256_set1_ps(near_inverse[b]), far = _mm256_set1_ps(far_inverse[b]);
-    const __m256 above = _mm256_set1_ps(lift[b]);
+    const __m256 up = _mm256_set1_ps(gain[b]), most = _mm256_set1_ps(reach[b]);
     __m256i level[kVectors8];
-    for (int i = 0; i < kVectors8; ++i) {
-      const __m256 x = _mm256_loadu_ps(in + b * kBlock8 + 8 * i);
-      const __m256 t = _mm256_add_ps(one, _mm256_mul_ps(_mm256_andnot_ps(sign, x), up));
-      const __m256 p = _mm256_cvtepi32_ps(_mm256_sub_epi32(bits256(t), bits256(one)));
-      const __m256 y = _mm256_min_ps(_mm256_mul_ps(p, near), _mm256_add_ps(_mm256_mul_ps(p, far), above));
-      level[i] = _mm256_cvtps_epi32(_mm256_or_ps(y, _mm256_and_ps(x, sign)));
+    const auto levels = [&](auto root) {
+      for (int i = 0; i < kVectors8; ++i) {
+        const __m256 z = root(_mm256_mul_ps(_mm256_loadu_ps(in + b * kBlock8 + 8 * i), up));
+        level[i] = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_mul_ps(most, z), _mm256_add_ps(one, _mm256_andnot_ps(sign, z))));
+      }
+    };
+    if (halvings[b] == 0u) {  // most blocks
+      levels([](__m256 r) { return r; });
+    } else {
+      const __m256i times = all(halvings[b]), back = all(bias[b]);
+      levels([&](__m256 r) {
+        const __m256i z = _mm256_add_epi32(_mm256_srlv_epi32(bits256(_mm256_andnot_ps(sign, r)), times), back);
+        return _mm256_or_ps(float256(z), _mm256_and_ps(r, sign));
+      });
     }
     const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(level[0], level[1]), _mm256_packs_epi32(level[2], level[3]));
     const __m256i codes = _mm256_max_epi8(in_order(packed), _mm256_set1_epi8(-kSignedLevels));
@@ -218,11 +229,11 @@ inline uint32_t encode_signed(const float* in, int count, uint8_t* out, uint16_t
 
 // ---- unsigned ----
 
-inline __m256i lows_of(__m256i words) { return _mm256_slli_epi32(_mm256_srli_epi32(words, 5), kLowShift); }
+inline __m256i lows_of(__m256i words) { return _mm256_slli_epi32(_mm256_srli_epi32(words, 6), kLowShift); }
 
 inline __m256i steps_of(__m256i words) {
-  const __m256i mantissa = _mm256_or_si256(_mm256_and_si256(words, all(3u)), all(4u));
-  return _mm256_sllv_epi32(mantissa, _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(words, 2), all(7u)), all(12u)));
+  const __m256i mantissa = _mm256_or_si256(_mm256_and_si256(words, all(7u)), all(8u));
+  return _mm256_sllv_epi32(mantissa, _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(words, 3), all(7u)), all(11u)));
 }
 
 struct DecodeUnsigned {
@@ -259,9 +270,9 @@ inline __m256i scales_unsigned(__m256i smallest, __m256i largest) {
   const __m256i low = _mm256_max_epi32(_mm256_srli_epi32(smallest, kLowShift), bound);
   const __m256i width = _mm256_max_epi32(_mm256_sub_epi32(largest, _mm256_slli_epi32(low, kLowShift)), one);
   const __m256 step = _mm256_mul_ps(_mm256_cvtepi32_ps(width), _mm256_set1_ps(1.0f / 253.0f));
-  const __m256i number = _mm256_srli_epi32(_mm256_add_epi32(bits256(step), all(0x1fffffu)), kLowShift);
-  const __m256i index = _mm256_min_epi32(_mm256_max_epi32(_mm256_sub_epi32(number, all(kSmallestStep)), zero), all(31u));
-  return _mm256_andnot_si256(_mm256_cmpeq_epi32(largest, zero), _mm256_or_si256(_mm256_slli_epi32(low, 5), index));
+  const __m256i number = _mm256_srli_epi32(_mm256_add_epi32(bits256(step), all(0xfffffu)), kStepShift);
+  const __m256i index = _mm256_min_epi32(_mm256_max_epi32(_mm256_sub_epi32(number, all(kSmallestStep)), zero), all(63u));
+  return _mm256_andnot_si256(_mm256_cmpeq_epi32(largest, zero), _mm256_or_si256(_mm256_slli_epi32(low, 6), index));
 }
 
 inline __m256i phases_of(uint32_t number, uint32_t step) {
@@ -298,15 +309,17 @@ inline uint32_t encode_unsigned(const float* in, int count, uint8_t* out, uint16
     const __m256i below = _mm256_andnot_si256(empty, _mm256_cmpgt_epi32(lows, smallest));
     rare |= mask_bits(_mm256_or_si256(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u)), below)) << b;
   }
-  const __m256 spread = _mm256_set1_ps(block8_threshold(number, step).spread), middle = _mm256_set1_ps(1.5f);
   const __m256i lanes = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), all(kLanePhase));
+  const uint32_t narrow = block8_narrow(step);
+  const __m256i first = all(block8_least_threshold(narrow));
+  const __m128i shift = _mm_cvtsi32_si128(int(9u + narrow));
   for (int b = 0; b < count; ++b) {
     const __m256i begin = all(uint32_t(low[b])), start = _mm256_add_epi32(lanes, all(uint32_t(phase[b])));
     const __m256 levels = _mm256_set1_ps(inverse[b]);
     __m256i level[kVectors8];
     for (int i = 0; i < kVectors8; ++i) {
-      const __m256i turn = _mm256_srai_epi32(_mm256_add_epi32(start, all(uint32_t(8 * i) * kLanePhase)), 9);
-      const __m256 up = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(turn), spread), middle);
+      const __m256i turn = _mm256_srl_epi32(_mm256_add_epi32(start, all(uint32_t(8 * i) * kLanePhase)), shift);
+      const __m256 up = float256(_mm256_add_epi32(turn, first));
       const __m256i above = _mm256_sub_epi32(magnitude256(in + b * kBlock8 + 8 * i), begin);
       // Of a zero this is less than one, which narrows to the code of zero.
       level[i] = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(above), levels), up));

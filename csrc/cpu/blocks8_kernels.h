@@ -38,8 +38,8 @@ uint16_t encode_unsigned_portable(const float* __restrict in, int64_t n, uint8_t
   for (int64_t i = 0; i < n; ++i) largest = magnitude[i] > largest ? magnitude[i] : largest;
   const uint16_t scale = block8_scale_unsigned(before + 1u, largest);
   const Block8Unsigned block = block8_unsigned(scale);
-  const Block8Threshold threshold = block8_threshold(number, step);
-  for (int64_t i = 0; i < n; ++i) out[i] = block8_encode(in[i], block, block8_threshold(threshold, uint32_t(i)));
+  const uint32_t phase = block8_phase(number, step), narrow = block8_narrow(step);
+  for (int64_t i = 0; i < n; ++i) out[i] = block8_encode(in[i], block, block8_threshold(phase, narrow, uint32_t(i)));
   return scale;
 }
 

@@ -190,10 +190,11 @@ __device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float
   largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
   const uint16_t scale = block8_scale_unsigned(smallest, largest);
   const Block8Unsigned block = block8_unsigned(scale);
-  const Block8Threshold threshold = block8_threshold(uint32_t(at.begin / kBlock8), step);
+  const uint32_t phase = block8_phase(uint32_t(at.begin / kBlock8), step), narrow = block8_narrow(step);
   const uint32_t lane = uint32_t(at.begin % kBlock8);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block, block8_threshold(threshold, lane + uint32_t(j)));
+  for (int j = 0; j < kVector; ++j)
+    code[j] = block8_encode(x[j], block, block8_threshold(phase, narrow, lane + uint32_t(j)));
   return scale;
 }
 

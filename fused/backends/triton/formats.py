@@ -202,48 +202,34 @@ def _thresholds(element, step):
     h = (h ^ (h >> 15)) * 0x85EBCA6B
     now = step.to(tl.uint32) + 0 * h
     phase = h + now * 0x9E3779B9 + (element % 32).to(tl.uint32) * 0xC13FA9A9
-    spread = tl.minimum(now, 32).to(tl.int32).to(tl.float32) * 0.0000000037252902984619140625  # 2^-28
-    return (phase.to(tl.int32, bitcast=True) >> 9).to(tl.float32) * spread + 1.5
+    narrow = (now < 2).to(tl.uint32) + (now < 4).to(tl.uint32) + (now < 8).to(tl.uint32)
+    narrow += (now < 16).to(tl.uint32) + (now < 32).to(tl.uint32)
+    return _float((phase >> (9 + narrow)) + 0x3FC00000 - ((0 * narrow + 0x400000) >> narrow))
 
 
 @triton.jit
 def _unsigned_block(scale):
-    step = ((4 + (scale & 3)) << (12 + ((scale >> 2) & 7))).to(tl.int32)
-    return ((scale >> 5) << 21).to(tl.int32)[:, None], step[:, None]
-
-
-@triton.jit
-def _pick(
-    i, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr,
-    e: tl.constexpr, f: tl.constexpr, g: tl.constexpr, h: tl.constexpr,
-):  # fmt: skip
-    low = tl.where(i < 2, tl.where(i == 0, a, b), tl.where(i == 2, c, d))
-    high = tl.where(i < 6, tl.where(i == 4, e, f), tl.where(i == 6, g, h))
-    return tl.where(i < 4, low, high)
+    step = ((8 + (scale & 7)) << (11 + ((scale >> 3) & 7))).to(tl.int32)
+    return ((scale >> 6) << 21).to(tl.int32)[:, None], step[:, None]
 
 
 @triton.jit
 def _curve_bits(curve):
-    return tl.where(curve < 2, 7 - curve, tl.where(curve < 4, 4, 3))
-
-
-@triton.jit
-def _curve_of(scale):
-    low = scale & 0xFF
-    return tl.where(low < 192, low >> 7, tl.where(low < 224, (low >> 4) - 10, (low >> 3) - 24))
+    return tl.where(curve < 2, 7 - curve, 5)
 
 
 @triton.jit
 def _signed_block(scale):
-    """Scale, mu, and the curve: patterns per level before and after the knee, and where that lies; all of a block."""
-    curve = _curve_of(scale)
+    """Scale, and the curve: its bend, how often the exponent is halved, what that adds, and the level it approaches."""
+    low = scale & 0xFF
+    curve = tl.where(low < 192, low >> 7, (low >> 5) - 4)
     bits = _curve_bits(curve)
     top = _float(((scale >> 8) << 23 | (scale & ((1 << bits) - 1)) << (23 - bits)).to(tl.uint32))
-    near = _pick(curve, 66052, 107885, 151369, 245975, 390120, 545187, 693611, 990782)
-    far = _pick(curve, 99078, 161827, 227054, 368963, 390120, 545187, 693611, 990782)
-    knee = _pick(curve, 64, 109, 76, 104, 0, 0, 0, 0)
-    mu = _float((0x3F800000 + 127 * far - knee * (far - near)).to(tl.uint32)) - 1.0
-    return top, mu, near, far, knee
+    bend = tl.where(curve == 0, 0.75, tl.where(curve == 1, 2.0, 1.0))
+    halvings = tl.where(curve < 2, 0, curve - 1)
+    bias = 0x3F800000 - (0x3F800000 >> halvings)
+    reach = tl.where(curve == 0, 296.3333435058594, tl.where(curve == 1, 190.5, 254.0))
+    return top, bend, halvings[:, None], bias[:, None], reach[:, None]
 
 
 @triton.jit
@@ -251,12 +237,11 @@ def blocks8_to_float(codes, scale, SIGNED: tl.constexpr):
     """Values of ``[blocks, 32]`` codes and ``[blocks]`` scales."""
     code = codes.to(tl.int32)
     if SIGNED:
-        top, mu, near, far, knee = _signed_block(scale.to(tl.int32))
-        unit = (top * _reciprocal(mu))[:, None]
-        fold = (knee * (far - near))[:, None]
-        level = tl.where(code < 128, code, 256 - code)
-        above = tl.maximum(level * near[:, None], level * far[:, None] - fold)
-        x = (_float((0x3F800000 + above).to(tl.uint32)) - 1.0) * unit
+        top, bend, halvings, bias, reach = _signed_block(scale.to(tl.int32))
+        level = tl.where(code < 128, code, 256 - code).to(tl.float32)
+        z = tl.math.div_rn(level, reach - level)
+        root = tl.maximum(_bits(z).to(tl.int32, bitcast=True) - bias, 0)
+        x = _float((root << halvings).to(tl.uint32)) * tl.math.div_rn(top, bend)[:, None]
         sign = (code & 0x80).to(tl.uint32) << 24
         return _float(tl.where(code == 0x80, 0x7FC00000, _bits(x) | sign))
     low, step = _unsigned_block(scale.to(tl.uint32))
@@ -270,30 +255,27 @@ def _signed_scale(finite):
     largest = tl.max(finite, 1)
     high = finite >> 16
     there = high != 0
-    deficit = tl.sum(tl.where(there, tl.minimum((largest >> 16)[:, None] - high, 2560), 0), 1)
+    deficit = tl.sum(tl.where(there, tl.minimum((largest >> 16)[:, None] - high, 1024), 0), 1)
     count = tl.sum(there.to(tl.int32), 1)
-    curve = (deficit > 350 * count).to(tl.int32) + (deficit > 372 * count).to(tl.int32)
-    curve += (deficit > 416 * count).to(tl.int32) + (deficit > 474 * count).to(tl.int32)
-    curve += (deficit > 576 * count).to(tl.int32) + (deficit > 666 * count).to(tl.int32)
-    curve += (deficit > 794 * count).to(tl.int32)
+    curve = (deficit > 345 * count).to(tl.int32) + (deficit > 512 * count).to(tl.int32)
+    curve += (deficit > 614 * count).to(tl.int32)
     bits = _curve_bits(curve)
-    peak = (largest + 0x8000) >> 16
-    dropped = 7 - bits
-    top = (tl.minimum(tl.maximum(peak, 0x0D80), 0x7E80) + (1 << dropped) - 1) >> dropped
-    first = tl.where(curve < 2, curve * 128, tl.where(curve < 4, curve * 16 + 160, curve * 8 + 192))
-    return tl.where(peak == 0, 0, (top >> bits) << 8 | first | (top & ((1 << bits) - 1)))
+    bounded = tl.minimum(tl.maximum(largest, 0x11000000), 0x7E800000)
+    top = (bounded + (1 << (22 - bits))) >> (23 - bits)
+    first = tl.where(curve < 2, curve * 128, curve * 32 + 128)
+    return tl.where(largest == 0, 0, (top >> bits) << 8 | first | (top & ((1 << bits) - 1)))
 
 
 @triton.jit
 def _unsigned_scale(finite):
     largest = tl.max(finite, 1)
     smallest = tl.min(tl.where(finite == 0, 0x7FFFFFFF, finite), 1)
-    bound = (largest - 928514048 + 0x1FFFFF) >> 21
+    bound = (largest - 994836480 + 0x1FFFFF) >> 21
     low = tl.maximum(smallest >> 21, tl.maximum(bound, 4))
     width = tl.maximum(largest - (low << 21), 1).to(tl.float32)
-    number = (_bits(width * _reciprocal(0.0 * width + 253.0)) + 0x1FFFFF) >> 21
-    index = tl.minimum(tl.maximum(number.to(tl.int32) - 564, 0), 31)
-    return tl.where(largest == 0, 0, low << 5 | index)
+    number = (_bits(width * _reciprocal(0.0 * width + 253.0)) + 0xFFFFF) >> 20
+    index = tl.minimum(tl.maximum(number.to(tl.int32) - 1128, 0), 63)
+    return tl.where(largest == 0, 0, low << 6 | index)
 
 
 @triton.jit
@@ -302,14 +284,10 @@ def float_to_blocks8(x, element, step, SIGNED: tl.constexpr):
     a = _bits(x) & MAGNITUDE
     if SIGNED:
         scale = _signed_scale(_finite_pattern(x))
-        top, mu, near, far, knee = _signed_block(scale)
-        gain = _quotient(mu, top)[:, None]
-        above = (_bits(1.0 + _float(a) * gain) - 0x3F800000).to(tl.int32).to(tl.float32)
-        far_inverse = _reciprocal(far.to(tl.float32))
-        lift = knee.to(tl.float32) - (knee * near).to(tl.float32) * far_inverse
-        from_near = above * _reciprocal(near.to(tl.float32))[:, None]
-        from_far = above * far_inverse[:, None] + lift[:, None]
-        y = tl.where(from_near < from_far, from_near, from_far)
+        top, bend, halvings, bias, reach = _signed_block(scale)
+        r = _float(a) * _quotient(bend, top)[:, None]
+        z = _float((_bits(r) >> halvings.to(tl.uint32)) + bias.to(tl.uint32))
+        y = tl.math.div_rn(reach * z, 1.0 + z)
         bounded = tl.where(y < 127.0, y, 127.0)
         level = (_bits(bounded + 12582912.0) & 0x7F).to(tl.int32)  # to nearest even
         code = tl.where((_bits(x) >> 31) != 0, (0 - level) & 0xFF, level)
