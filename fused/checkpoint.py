@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .optimizer import FusedOptimizer
 from .precision import REMAINDER_DTYPE
-from .state import MASTER, local, put_remainder, wide_master
+from .state import MASTER, adopt, local, put_remainder, wide_master
 
 Optimizers = FusedOptimizer | list[FusedOptimizer] | tuple[FusedOptimizer, ...]
 
@@ -102,7 +102,7 @@ def _list(optimizer: Optimizers) -> list[FusedOptimizer]:
 
 def _states(optimizer: Optimizers) -> dict[Tensor, dict[str, Any]]:
     """The state of every parameter the optimizers step: an empty one, in its place, where there is none yet."""
-    return {param: one.state[param] for one in _list(optimizer) for _, _, param in one._parameters()}
+    return {param: adopt(one.state[param]) for one in _list(optimizer) for _, _, param in one._parameters()}
 
 
 def _groups(optimizer: Optimizers) -> dict[Tensor, dict[str, Any]]:

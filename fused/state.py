@@ -249,6 +249,17 @@ def live_form(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def adopt(state: dict[str, Any]) -> dict[str, Any]:
+    """Takes state that was put in place as a ``state_dict`` holds it to its live form, and returns it.
+
+    ``ZeroRedundancyOptimizer`` loads so, without asking the optimizer.
+    """
+    for name, value in live_form(state).items():
+        if value is not state[name]:
+            state[name] = value
+    return state
+
+
 def _as_bytes(words: Tensor) -> Tensor:
     part = local(words).unsqueeze(-1).view(torch.uint8)
     return sharding.with_part(words, part, (*words.shape, 2), (*(2 * step for step in words.stride()), 1))
@@ -369,6 +380,7 @@ __all__ = [
     "REMAINDER",
     "SCALE",
     "Saved",
+    "adopt",
     "blocks8",
     "in_memory_order",
     "initialize",

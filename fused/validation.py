@@ -112,4 +112,5 @@ def check_row(optimizer: FusedOptimizer, group: dict[str, Any], index: int, para
     if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):
         raise RuntimeError(f"{name} is a conjugated or negated view: make it with resolve_conj() or resolve_neg()")
     Storage.of(group).check(param, name)
-    state_storage.check_state(optimizer.state.get(param, {}), optimizer._rule(group), param, name)
+    state = state_storage.adopt(optimizer.state.get(param, {}))
+    state_storage.check_state(state, optimizer._rule(group), param, name)

@@ -145,6 +145,29 @@ def test_words_are_saved_as_bytes(shape: tuple[int, ...], form: torch.memory_for
         assert torch.equal(p, params[0])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_saved_state_put_in_place(backend: str) -> None:
+    """ZeroRedundancyOptimizer writes what a state dictionary holds into ``optimizer.state`` itself."""
+    params = [torch.nn.Parameter(torch.randn(70).bfloat16()) for _ in range(2)]
+    options = {"lr": 0.1, "master_weights": "split", "state_dtype": "int8", "backend": backend}
+    first, second = (fused.AdamW([("weight", p)], **options) for p in params)
+    params[0].grad = torch.randn_like(params[0])
+    first.step()
+    with torch.no_grad():
+        params[1].copy_(params[0])
+    params[1].grad = params[0].grad
+    second.state[params[1]] = copy.deepcopy(first.state_dict()["state"][0])
+    model = torch.nn.ParameterDict({"weight": params[1]})
+    expected = fused.master_state_dict(torch.nn.ParameterDict({"weight": params[0]}), first)["weight"]
+    if backend == "cpu":  # exporting converts it too
+        assert torch.equal(fused.master_state_dict(model, second)["weight"], expected)
+    for optimizer in (first, second):
+        optimizer.step()
+    assert torch.equal(params[0], params[1])
+    for name, value in first.state[params[0]].items():
+        assert value.dtype is second.state[params[1]][name].dtype and torch.equal(value, second.state[params[1]][name])
+
+
 def test_a_state_dict_of_torch_converts() -> None:
     model = torch.nn.Linear(64, 32)
     theirs = torch.optim.AdamW(model.parameters())

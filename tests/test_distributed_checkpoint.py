@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint and FSDP2: two processes go on, bit for bit, from what they saved, in any format."""
+"""torch.distributed.checkpoint, FSDP2, ZeroRedundancyOptimizer: two processes go on from what they saved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from cases import CASES
 
 import fused
 from fused.state import local
@@ -95,6 +96,43 @@ def _whole_state_is_refused(mesh: Any) -> bool:
     return False
 
 
+def _zero_redundancy(rank: int) -> list[str]:
+    """ZeroRedundancyOptimizer's steps, and its state gathered, loaded into both it and one optimizer of everything."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    wrong = []
+    for cls, options in (
+        *((case.optimizer, {**case.defaults, **case.variants[0].kwargs}) for case in CASES),
+        (fused.Adafactor, {}),
+        (fused.AdamW, {"master_weights": "split", "state_dtype": "int8", "stochastic_rounding": True, "seed": 3}),
+    ):
+        nets = [_model(options, None) for _ in range(3)]
+        divided, again = (
+            ZeroRedundancyOptimizer(net.parameters(), optimizer_class=cls, **options) for net in (nets[0], nets[2])
+        )
+        whole = cls(nets[1].parameters(), **options)
+        for seed in range(2):
+            _step(nets[0], divided, seed)
+            _step(nets[1], whole, seed)
+        divided.consolidate_state_dict(to=0)
+        parts = [divided.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(parts)
+        with torch.no_grad():
+            for p, q in zip(nets[2].parameters(), nets[0].parameters(), strict=True):
+                p.copy_(q)
+        again.load_state_dict(copy.deepcopy(parts[0]))
+        if not options.get("stochastic_rounding"):  # whose random bits go by a parameter's place among those it has
+            whole.load_state_dict(copy.deepcopy(parts[0]))
+        for seed in range(2, 4):
+            _step(nets[0], divided, seed)
+            _step(nets[1], whole, seed)
+            _step(nets[2], again, seed)
+        for index, (p, q, r) in enumerate(zip(*(net.parameters() for net in nets), strict=True)):
+            if not torch.equal(p, r) or not (options.get("stochastic_rounding") or torch.equal(p, q)):
+                wrong.append(f"{cls.__name__} {options} parameter {index} under ZeroRedundancyOptimizer")
+    return wrong
+
+
 def _work(rank: int, port: int, out: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -110,6 +148,7 @@ def _work(rank: int, port: int, out: str) -> None:
                 folder = f"{out}/{number}-{how}-{sharding is None}"
                 if not _resumed(cls, options, sharding, how, folder):
                     wrong.append(f"{cls.__name__} {options} {how} {'whole' if sharding is None else 'sharded'}")
+    wrong += _zero_redundancy(rank)
     if not _whole_state_is_refused(mesh):
         wrong.append("a whole state was taken for a part")
     Path(out, f"wrong-{rank}").write_text("\n".join(wrong))
