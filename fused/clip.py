@@ -119,6 +119,7 @@ def clip_grads_with_norm_(
         RuntimeError: a gradient is sparse.
 
     Example:
+        >>> norm = fused.get_total_norm([p.grad for p in model.parameters()])
         >>> fused.clip_grads_with_norm_(model.parameters(), 1.0, norm)
     """
     whole = getattr(total_norm, "full_tensor", None)
