@@ -120,13 +120,16 @@ def storages() -> list[tuple[torch.dtype, str | None, torch.dtype, bool]]:
     return every_kind + [(torch.float32, None, s, r) for s in halves for r in (False, True)]
 
 
-def every_pattern(rate: float, storage: tuple[torch.dtype, str | None, torch.dtype, bool], n: int) -> list[Tensor]:
-    """Parameters, remainders and momentum of all patterns after a step; `n` says how they are cut into tensors."""
+def every_pattern(
+    rate: float, storage: tuple[torch.dtype, str | None, torch.dtype, bool], n: int, grad: torch.dtype | None = None
+) -> list[Tensor]:
+    """Parameters, remainders and momentum of all patterns after a step; `n` says how they are cut into tensors, `grad`
+    the gradients' dtype where it is not the parameters'."""
     dtype, master, state_dtype, stochastic = storage
     generator = torch.Generator().manual_seed(1)
     narrow = torch.bfloat16 if dtype == torch.float32 else dtype
     values = every(narrow).to(dtype)
-    gradients = every(narrow)[torch.randperm(2**16, generator=generator)].to(dtype)
+    gradients = every(narrow)[torch.randperm(2**16, generator=generator)].to(grad or dtype)
     noise = torch.randint(-(2**31), 2**31, (2**16,), dtype=torch.int64, generator=generator).to(torch.int32)
     params = [torch.nn.Parameter(piece.clone()) for piece in values.split(n)]
     optimizer = fused.SGD(
@@ -134,6 +137,8 @@ def every_pattern(rate: float, storage: tuple[torch.dtype, str | None, torch.dty
         seed=5, backend="cpu",
     )  # fmt: skip
     for p, g in zip(params, gradients.split(n), strict=True):
+        if grad is not None:
+            p.grad_dtype = grad
         p.grad = torch.zeros_like(g)
     optimizer.step()
     start = 0
@@ -169,6 +174,21 @@ def test_every_pattern_is_converted_alike_by_all_instruction_sets(
     for isa, result in results.items():
         for a, b in zip(result, results[isas[0]], strict=True):
             assert same_bits(a, b), isa
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+def test_gradients_of_any_dtype_are_converted_alike_by_all_instruction_sets(
+    state: torch.dtype, dtype: torch.dtype, grad: torch.dtype, isas: list[str]
+) -> None:
+    for master in (None,) if dtype == torch.float32 else (None, "split", "split8", "fp32"):
+        results = []
+        for isa in isas:
+            fused.backends.extension.select_isa(isa)
+            results.append(every_pattern(0.37, (dtype, master, state, False), 2**16, grad))
+        for result in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True)), master
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -91,9 +91,9 @@ struct Ahead {
 template <class Rule>
 void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
   const auto constants = constants_for<Rule, float>(group, context);
-  begin = update_registers<Rule>(row, constants, group.grad_sign, begin, end, context);
-  if (begin == end) return;
   const float factor = float(context.grad_factor * group.grad_sign);
+  begin = update_registers<Rule>(row, constants, factor, begin, end);
+  if (begin == end) return;
   Buffers<float> buffer;
   bool in_place = row.param_format == kFloat32 && row.grad_format == kFloat32;
   for (int k = 0; k < Rule::kStates; ++k) in_place = in_place && row.state_format[k] == kFloat32;

@@ -26,28 +26,13 @@ int64_t load_lanes(uint8_t format, const void* in, int64_t n, float* out) {
   return 0;
 }
 
-FUSED_HD __m256i load_random(const uint32_t* at) { return load16(at); }
-
 int64_t store_lanes(uint8_t format, const float* in, const uint32_t* random, uint16_t* out, int64_t n) {
   if (format == kFloat16) {
-    if (random == nullptr)
-      return for_pairs(n, [=](int64_t i) { store16(out + i, round_fp16_in_order(load_float_in_order(in + i))); });
-    return for_pairs(n, [=](int64_t i) {
-      const Pair v = load_float_in_order(in + i);
-      store16(out + i, pack_unsigned(round_fp16_stochastic(v.a, load_random(random + i)),
-                                     round_fp16_stochastic(v.b, load_random(random + i + 8))));
-    });
+    if (random == nullptr) return for_pairs(n, [=](int64_t i) { store_fp16_in_order(out + i, load_float_in_order(in + i)); });
+    return for_pairs(n, [=](int64_t i) { store_fp16_stochastic_in_order(out + i, load_float_in_order(in + i), random + i); });
   }
-  if (random == nullptr)
-    return for_pairs(n, [=](int64_t i) {
-      const Pair v = load_float_in_order(in + i);
-      store_high_halves_in_order(out + i, round_bf16(v.a), round_bf16(v.b));
-    });
-  return for_pairs(n, [=](int64_t i) {
-    const Pair v = load_float_in_order(in + i);
-    store_high_halves_in_order(out + i, round_bf16_stochastic(v.a, load_random(random + i)),
-                               round_bf16_stochastic(v.b, load_random(random + i + 8)));
-  });
+  if (random == nullptr) return for_pairs(n, [=](int64_t i) { store_bf16_in_order(out + i, load_float_in_order(in + i)); });
+  return for_pairs(n, [=](int64_t i) { store_bf16_stochastic_in_order(out + i, load_float_in_order(in + i), random + i); });
 }
 
 int64_t join_lanes(bool bf16, const uint16_t* param, const int16_t* low, int64_t n, float* out) {
@@ -57,7 +42,7 @@ int64_t join_lanes(bool bf16, const uint16_t* param, const int16_t* low, int64_t
 }
 
 int64_t join_lanes(bool bf16, const uint16_t* param, const int8_t* low, int64_t n, float* out) {
-  if (!bf16) return 0;
+  if (!bf16) return for_pairs(n, [=](int64_t i) { store_float_in_order(out + i, join8_fp16_in_order(param + i, low + i)); });
   return for_pairs(n, [=](int64_t i) { store_float_by_parity(out + i, join8_bf16_by_parity(param + i, low + i)); });
 }
 
@@ -68,16 +53,14 @@ int64_t split_lanes(bool bf16, const float* in, const uint32_t*, uint16_t* param
 }
 
 int64_t split_lanes(bool bf16, const float* in, const uint32_t* random, uint16_t* param, int8_t* low, int64_t n) {
-  if (!bf16) return 0;
-  if (random == nullptr) {
-    const __m256i nearest = _mm256_set1_epi32(0x80);
-    return for_pairs(
-        n, [=](int64_t i) { split8_bf16_by_parity(param + i, low + i, load_float_by_parity(in + i), nearest, nearest); });
-  }
+  if (bf16)
+    return for_pairs(n, [=](int64_t i) {
+      const Rounding r = random == nullptr ? nearest8() : random8_by_parity(random + i);
+      split8_bf16_by_parity(param + i, low + i, load_float_by_parity(in + i), r);
+    });
   return for_pairs(n, [=](int64_t i) {
-    const Pair r = load_float_by_parity(reinterpret_cast<const float*>(random + i));
-    split8_bf16_by_parity(param + i, low + i, load_float_by_parity(in + i), _mm256_srli_epi32(r.a.bits(), 24),
-                          _mm256_srli_epi32(r.b.bits(), 24));
+    const Rounding r = random == nullptr ? nearest8() : random8_in_order(random + i);
+    split8_fp16_in_order(param + i, low + i, load_float_in_order(in + i), r);
   });
 }
 
@@ -132,7 +115,7 @@ int64_t transform_lanes(uint8_t format, uint16_t* x, int64_t n, F f, int16_t& la
     whole = for_pairs(n, [&](int64_t i) {
       const Pair v = load_fp16_in_order(x + i);
       seen(x + i);
-      store16(x + i, round_fp16_in_order({f(v.a), f(v.b)}));
+      store_fp16_in_order(x + i, {f(v.a), f(v.b)});
     });
   }
   int16_t tops[kPair];

@@ -91,7 +91,15 @@ FUSED_HD __m256i high_halves(__m256i even, __m256i odd) { return _mm256_blend_ep
 FUSED_HD __m256i low_halves(__m256i even, __m256i odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
 
 FUSED_HD __m256i magnitude_of(__m256i bits) { return _mm256_and_si256(bits, _mm256_set1_epi32(int32_t(kMagnitude))); }
-FUSED_HD __m256i canonical_bits(Lanes a) { return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), a).bits(); }
+FUSED_HD Lanes canonical(Lanes a) { return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), a); }
+FUSED_HD __m256i canonical_bits(Lanes a) { return canonical(a).bits(); }
+
+// NaN is rare, and a branch that is not taken cheaper than replacing none.
+FUSED_HD bool any_nan(Pair v) { return __builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(v.a.x, v.b.x, _CMP_UNORD_Q)), 0) != 0; }
+FUSED_HD Pair canonical(Pair v) {
+  if (any_nan(v)) v = {canonical(v.a), canonical(v.b)};
+  return v;
+}
 
 // ---- float32 ----
 
@@ -128,12 +136,11 @@ FUSED_HD Pair load_bf16_in_order(const uint16_t* at) {
   return {lanes_of(_mm256_unpacklo_epi16(zero, words)), lanes_of(_mm256_unpackhi_epi16(zero, words))};
 }
 
-// To nearest even in the high half. What an even result needs less than an odd one comes from a comparison.
+// To nearest even in the high half; not for NaN. What an even result needs less than an odd one comes from a comparison.
 FUSED_HD __m256i round_bf16(Lanes a) {
   const __m256i u = a.bits();
   const __m256i even = _mm256_cmpeq_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x10000)), _mm256_setzero_si256());
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x8000)), even);
-  return choose(is_nan(a), lanes_of(_mm256_set1_epi32(0x7fc00000)), lanes_of(rounded)).bits();
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x8000)), even);
 }
 
 FUSED_HD __m256i round_bf16_stochastic(Lanes a, __m256i random) {
@@ -143,10 +150,22 @@ FUSED_HD __m256i round_bf16_stochastic(Lanes a, __m256i random) {
   return _mm256_add_epi32(u, _mm256_and_si256(finite, _mm256_srli_epi32(random, 16)));
 }
 
-FUSED_HD void store_bf16_by_parity(uint16_t* at, Pair v) { store16(at, high_halves(round_bf16(v.a), round_bf16(v.b))); }
+FUSED_HD void store_bf16_by_parity(uint16_t* at, Pair v) {
+  v = canonical(v);
+  store16(at, high_halves(round_bf16(v.a), round_bf16(v.b)));
+}
 
 FUSED_HD void store_high_halves_in_order(uint16_t* at, __m256i a, __m256i b) {
   store16(at, pack_unsigned(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16)));
+}
+
+FUSED_HD void store_bf16_in_order(uint16_t* at, Pair v) {
+  v = canonical(v);
+  store_high_halves_in_order(at, round_bf16(v.a), round_bf16(v.b));
+}
+
+FUSED_HD void store_bf16_stochastic_in_order(uint16_t* at, Pair v, const uint32_t* random) {
+  store_high_halves_in_order(at, round_bf16_stochastic(v.a, load16(random)), round_bf16_stochastic(v.b, load16(random + 8)));
 }
 
 // ---- bfloat16 with a remainder of 16 bits (join16_bf16, split16_bf16) ----
@@ -163,12 +182,29 @@ FUSED_HD Pair join_bf16(__m256i p, __m256i l) {
 FUSED_HD Pair join_bf16_by_parity(const uint16_t* param, const int16_t* low) { return join_bf16(load16(param), load16(low)); }
 
 FUSED_HD void split_bf16_by_parity(uint16_t* param, int16_t* low, Pair v) {
-  const __m256i a = canonical_bits(v.a), b = canonical_bits(v.b), half = _mm256_set1_epi32(0x8000);
+  v = canonical(v);
+  const __m256i a = v.a.bits(), b = v.b.bits(), half = _mm256_set1_epi32(0x8000);
   store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
   store16(low, low_halves(a, b));
 }
 
 // ---- bfloat16 with a remainder of 8 bits (join8_bf16, split8_bf16): the same with zeros below ----
+
+// What is added before the low 8 bits are dropped.
+struct Rounding {
+  __m256i a, b;
+};
+
+FUSED_HD Rounding nearest8() { return {_mm256_set1_epi32(0x80), _mm256_set1_epi32(0x80)}; }
+
+FUSED_HD Rounding random8_in_order(const uint32_t* random) {
+  return {_mm256_srli_epi32(load16(random), 24), _mm256_srli_epi32(load16(random + 8), 24)};
+}
+
+FUSED_HD Rounding random8_by_parity(const uint32_t* random) {
+  const Pair r = load_float_by_parity(reinterpret_cast<const float*>(random));
+  return {_mm256_srli_epi32(r.a.bits(), 24), _mm256_srli_epi32(r.b.bits(), 24)};
+}
 
 FUSED_HD Pair join8_bf16_by_parity(const uint16_t* param, const int8_t* low) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
@@ -181,14 +217,15 @@ FUSED_HD __m256i keep24(Lanes a, __m256i round) {
   return _mm256_andnot_si256(_mm256_set1_epi32(0xff), _mm256_add_epi32(u, _mm256_and_si256(round, finite)));
 }
 
-// `round_a` and `round_b` are added before the low 8 bits are dropped.
-FUSED_HD void split8_bf16_by_parity(uint16_t* param, int8_t* low, Pair v, __m256i round_a, __m256i round_b) {
-  const __m256i a = keep24(v.a, round_a), b = keep24(v.b, round_b), half = _mm256_set1_epi32(0x8000);
+FUSED_HD void split8_bf16_by_parity(uint16_t* param, int8_t* low, Pair v, Rounding round) {
+  const __m256i a = keep24(v.a, round.a), b = keep24(v.b, round.b), half = _mm256_set1_epi32(0x8000);
   store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
   const __m256i rest = _mm256_srli_epi16(low_halves(a, b), 8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
                    _mm_packus_epi16(_mm256_castsi256_si128(rest), _mm256_extracti128_si256(rest, 1)));
 }
+
+FUSED_HD void split8_bf16_by_parity(uint16_t* param, int8_t* low, Pair v) { split8_bf16_by_parity(param, low, v, nearest8()); }
 
 // ---- float16 ----
 
@@ -203,6 +240,7 @@ FUSED_HD Pair load_fp16_in_order(const uint16_t* at) {
 FUSED_HD __m256i round_fp16_in_order(Pair v) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m256i h = _mm256_set_m128i(_mm256_cvtps_ph(v.b.x, kNearest), _mm256_cvtps_ph(v.a.x, kNearest));
+  if (!any_nan(v)) return h;
   const __m256i magnitude = _mm256_and_si256(h, _mm256_set1_epi16(0x7fff));
   const __m256i nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7c00));
   return _mm256_andnot_si256(_mm256_srli_epi16(nan, 7), h);
@@ -223,23 +261,32 @@ FUSED_HD __m256i round_fp16_stochastic(Lanes a, __m256i random) {
   return _mm256_or_si256(_mm256_blendv_epi8(special, finite, inside), sign);
 }
 
-// ---- float16 with a remainder of 16 bits (join16_fp16, split16_fp16) ----
+FUSED_HD void store_fp16_in_order(uint16_t* at, Pair v) { store16(at, round_fp16_in_order(v)); }
 
-FUSED_HD Lanes join_fp16(__m128i half, __m128i remainder) {
-  const __m256i h = float_of_fp16(half).bits(), a = magnitude_of(h), sign = _mm256_xor_si256(h, a);
-  const __m256i distance = _mm256_cvtepi16_epi32(remainder);
-  const __m256i denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), a);
-  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), a);
-  const Lanes fixed = lanes_of(_mm256_and_si256(a, denormal)) + Lanes(_mm256_cvtepi32_ps(distance)) * Lanes(0x1p-39);
-  const __m256i normal = _mm256_add_epi32(a, _mm256_and_si256(distance, finite));
-  return lanes_of(_mm256_xor_si256(sign, _mm256_blendv_epi8(normal, fixed.bits(), denormal)));
+FUSED_HD void store_fp16_stochastic_in_order(uint16_t* at, Pair v, const uint32_t* random) {
+  store16(at, pack_unsigned(round_fp16_stochastic(v.a, load16(random)), round_fp16_stochastic(v.b, load16(random + 8))));
 }
 
-FUSED_HD __m256i distance_fp16(Lanes master, __m128i half) {
+// ---- float16 with a remainder (join16_fp16, split16_fp16, join8_fp16, split8_fp16) ----
+
+FUSED_HD __m256i below_normal_fp16(__m256i magnitude) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), magnitude); }
+
+// `normal` counts float32 spacings, `fixed` the units below the normal range.
+FUSED_HD Lanes join_fp16(__m128i half, __m256i normal, __m256i fixed, double unit) {
+  const __m256i h = float_of_fp16(half).bits(), a = magnitude_of(h), sign = _mm256_xor_si256(h, a);
+  const __m256i denormal = below_normal_fp16(a);
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), a);
+  const Lanes small = lanes_of(_mm256_and_si256(a, denormal)) + Lanes(_mm256_cvtepi32_ps(fixed)) * Lanes(unit);
+  const __m256i large = _mm256_add_epi32(a, _mm256_and_si256(normal, finite));
+  return lanes_of(_mm256_xor_si256(sign, _mm256_blendv_epi8(large, small.bits(), denormal)));
+}
+
+// The distance in the one or the other; `denormal` says in which.
+FUSED_HD __m256i distance_fp16(Lanes master, __m128i half, double units, __m256i& denormal) {
   const __m256i h = magnitude_of(float_of_fp16(half).bits()), m = magnitude_of(master.bits());
-  const __m256i denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), h);
+  denormal = below_normal_fp16(h);
   const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), h);
-  const Lanes difference = lanes_of(_mm256_and_si256((lanes_of(m) - lanes_of(h)).bits(), denormal)) * Lanes(0x1p39);
+  const Lanes difference = lanes_of(_mm256_and_si256((lanes_of(m) - lanes_of(h)).bits(), denormal)) * Lanes(units);
   const Lanes half_unit = choose(below(difference, Lanes(0.0)), Lanes(-0.5), Lanes(0.5));
   const __m256i fixed = _mm256_cvttps_epi32((difference + half_unit).x);
   return _mm256_and_si256(finite, _mm256_blendv_epi8(_mm256_sub_epi32(m, h), fixed, denormal));
@@ -247,16 +294,45 @@ FUSED_HD __m256i distance_fp16(Lanes master, __m128i half) {
 
 FUSED_HD Pair join_fp16_in_order(const uint16_t* param, const int16_t* low) {
   const __m256i p = load16(param), l = load16(low);
-  return {join_fp16(_mm256_castsi256_si128(p), _mm256_castsi256_si128(l)),
-          join_fp16(_mm256_extracti128_si256(p, 1), _mm256_extracti128_si256(l, 1))};
+  const __m256i a = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(l)), b = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(l, 1));
+  return {join_fp16(_mm256_castsi256_si128(p), a, a, 0x1p-39), join_fp16(_mm256_extracti128_si256(p, 1), b, b, 0x1p-39)};
 }
 
 FUSED_HD void split_fp16_in_order(uint16_t* param, int16_t* low, Pair v) {
   const __m256i p = round_fp16_in_order(v);
-  const __m256i a = distance_fp16(v.a, _mm256_castsi256_si128(p)), b = distance_fp16(v.b, _mm256_extracti128_si256(p, 1));
+  __m256i denormal;
+  const __m256i a = distance_fp16(v.a, _mm256_castsi256_si128(p), 0x1p39, denormal);
+  const __m256i b = distance_fp16(v.b, _mm256_extracti128_si256(p, 1), 0x1p39, denormal);
   store16(param, p);
   store16(low, pack_signed(a, b));  // saturates
 }
+
+FUSED_HD Pair join8_fp16_in_order(const uint16_t* param, const int8_t* low) {
+  const __m256i p = load16(param);
+  const __m128i l = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  const __m256i a = _mm256_cvtepi8_epi32(l), b = _mm256_cvtepi8_epi32(_mm_srli_si128(l, 8));
+  return {join_fp16(_mm256_castsi256_si128(p), _mm256_slli_epi32(a, 5), a, 0x1p-32),
+          join_fp16(_mm256_extracti128_si256(p, 1), _mm256_slli_epi32(b, 5), b, 0x1p-32)};
+}
+
+FUSED_HD __m256i remainder8_fp16(Lanes master, __m128i half, __m256i round) {
+  __m256i denormal;
+  const __m256i distance = distance_fp16(master, half, 0x1p40, denormal);
+  const __m256i fixed = _mm256_srai_epi32(_mm256_add_epi32(distance, round), 8);
+  const __m256i normal = _mm256_srai_epi32(_mm256_add_epi32(distance, _mm256_srli_epi32(round, 3)), 5);
+  return _mm256_blendv_epi8(normal, fixed, denormal);
+}
+
+FUSED_HD void split8_fp16_in_order(uint16_t* param, int8_t* low, Pair v, Rounding round) {
+  const __m256i p = round_fp16_in_order(v);
+  const __m256i rest = pack_signed(remainder8_fp16(v.a, _mm256_castsi256_si128(p), round.a),
+                                   remainder8_fp16(v.b, _mm256_extracti128_si256(p, 1), round.b));
+  store16(param, p);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
+                   _mm_packs_epi16(_mm256_castsi256_si128(rest), _mm256_extracti128_si256(rest, 1)));  // both saturate
+}
+
+FUSED_HD void split8_fp16_in_order(uint16_t* param, int8_t* low, Pair v) { split8_fp16_in_order(param, low, v, nearest8()); }
 
 }  // namespace
 }  // namespace FUSED_ISA

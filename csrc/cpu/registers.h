@@ -1,6 +1,10 @@
-// The update of the usual low-precision layouts in one loop: loaded, converted, updated, rounded and stored without a
-// buffer between. Such a step has half the bytes of a float32 one to move, and conversions through buffers would take longer
-// than the memory does. Every other layout goes through kernels.cpp's blocks, which give the same bits.
+// The update in one loop: sixteen elements at a time are loaded, converted, updated, rounded and stored without a buffer
+// between. A low-precision step has half the bytes of a float32 one to move, and conversions through buffers would take longer
+// than the memory does.
+//
+// The usual low-precision layouts have loops of their own. Of others with 16-bit parameters and states, one loop looks at the
+// formats as it goes, by branches that are always foreseen: an instance each would make hundreds. Every other layout and the last
+// few elements go through kernels.cpp's blocks, which give the same bits; with mostly float32 to move they are as fast or faster.
 #pragma once
 
 #include <cstring>
@@ -14,12 +18,18 @@ namespace {
 
 #if defined(FUSED_LANES)
 
-// Operands: `load` and `store` sixteen elements from element i on. Those of one layout agree on the order in the lanes.
+// ---- operands: `load` and `store` sixteen elements from element i on; those of one layout agree on the order in the lanes ----
+
+struct Stored {
+  void* at;
+  void* rest;  // float32 master or remainders, by rest_format
+  uint8_t format, rest_format;
+};
 
 template <Pair (*LOAD)(const float*), void (*STORE)(float*, Pair)>
 struct FloatOperand {
   float* at;
-  FloatOperand(void* stored, void*) : at(static_cast<float*>(stored)) {}
+  FloatOperand(const Stored& x) : at(static_cast<float*>(x.at)) {}
   FUSED_HD Pair load(int64_t i) const { return LOAD(at + i); }
   FUSED_HD void store(int64_t i, Pair v) const { STORE(at + i, v); }
 };
@@ -27,33 +37,62 @@ struct FloatOperand {
 template <Pair (*LOAD)(const uint16_t*), void (*STORE)(uint16_t*, Pair)>
 struct HalfOperand {
   uint16_t* at;
-  HalfOperand(void* stored, void*) : at(static_cast<uint16_t*>(stored)) {}
+  HalfOperand(const Stored& x) : at(static_cast<uint16_t*>(x.at)) {}
   FUSED_HD Pair load(int64_t i) const { return LOAD(at + i); }
   FUSED_HD void store(int64_t i, Pair v) const { STORE(at + i, v); }
 };
 
-template <Pair (*JOIN)(const uint16_t*, const int16_t*), void (*SPLIT)(uint16_t*, int16_t*, Pair)>
+template <class Low, Pair (*JOIN)(const uint16_t*, const Low*), void (*SPLIT)(uint16_t*, Low*, Pair)>
 struct SplitOperand {
   uint16_t* at;
-  int16_t* low;
-  SplitOperand(void* stored, void* remainder) : at(static_cast<uint16_t*>(stored)), low(static_cast<int16_t*>(remainder)) {}
+  Low* low;
+  SplitOperand(const Stored& x) : at(static_cast<uint16_t*>(x.at)), low(static_cast<Low*>(x.rest)) {}
   FUSED_HD Pair load(int64_t i) const { return JOIN(at + i, low + i); }
   FUSED_HD void store(int64_t i, Pair v) const { SPLIT(at + i, low + i, v); }
 };
 
-FUSED_HD void store_fp16_in_order(uint16_t* at, Pair v) { store16(at, round_fp16_in_order(v)); }
-
 struct Bf16Layout {
   using Half = HalfOperand<load_bf16_by_parity, store_bf16_by_parity>;
-  using Split = SplitOperand<join_bf16_by_parity, split_bf16_by_parity>;
+  using Split = SplitOperand<int16_t, join_bf16_by_parity, split_bf16_by_parity>;
+  using Split8 = SplitOperand<int8_t, join8_bf16_by_parity, split8_bf16_by_parity>;
   using Float = FloatOperand<load_float_by_parity, store_float_by_parity>;
 };
 
 struct Fp16Layout {
   using Half = HalfOperand<load_fp16_in_order, store_fp16_in_order>;
-  using Split = SplitOperand<join_fp16_in_order, split_fp16_in_order>;
+  using Split = SplitOperand<int16_t, join_fp16_in_order, split_fp16_in_order>;
+  using Split8 = SplitOperand<int8_t, join8_fp16_in_order, split8_fp16_in_order>;
   using Float = FloatOperand<load_float_in_order, store_float_in_order>;
 };
+
+// A parameter or gradient of any format that its layout can read.
+template <class Layout>
+struct AnyOperand {
+  using Half = typename Layout::Half;
+  using Float = typename Layout::Float;
+  using Split = typename Layout::Split;
+  using Split8 = typename Layout::Split8;
+  Stored x;
+  AnyOperand(const Stored& stored) : x(stored) {}
+
+  FUSED_HD Float master() const { return Stored{x.rest, nullptr, kFloat32, kNone}; }
+
+  FUSED_HD Pair load(int64_t i) const {
+    if (x.rest_format == kFloat32) return master().load(i);
+    if (x.rest_format == kRemainder16) return Split(x).load(i);
+    if (x.rest_format == kRemainder8) return Split8(x).load(i);
+    return x.format == kFloat32 ? Float(x).load(i) : Half(x).load(i);
+  }
+
+  FUSED_HD void store(int64_t i, Pair v) const {
+    if (x.rest_format == kRemainder16) return Split(x).store(i, v);
+    if (x.rest_format == kRemainder8) return Split8(x).store(i, v);
+    if (x.rest_format == kFloat32) master().store(i, v);
+    Half(x).store(i, v);
+  }
+};
+
+// ---- the loop ----
 
 // A rule's constants in every lane: both structs are made of numbers of one type alone.
 template <class Rule>
@@ -71,14 +110,15 @@ FUSED_HD typename Rule::template Constants<Lanes> broadcast(const typename Rule:
 
 // Elements [begin, end), a multiple of sixteen.
 template <class Rule, class Param, class Grad, class State>
-void update_in_registers(const TensorRow& row, const typename Rule::template Constants<float>& constants, double grad_factor,
+void update_in_registers(const TensorRow& row, const typename Rule::template Constants<float>& constants, float grad_factor,
                          int64_t begin, int64_t end) {
   constexpr int S = Rule::kStates;
   const auto c = broadcast<Rule>(constants);
   const Lanes factor(grad_factor);
-  const Param param(row.param, row.master);
-  const Grad grad(const_cast<void*>(row.grad), nullptr);
-  const State state[] = {{row.state[0], nullptr}, {row.state[1], nullptr}, {row.state[2], nullptr}};
+  const Param param(Stored{row.param, row.master, row.param_format, row.master_format});
+  const Grad grad(Stored{const_cast<void*>(row.grad), nullptr, row.grad_format, kNone});
+  const auto stored_state = [&](int k) { return Stored{row.state[k], nullptr, row.state_format[k], kNone}; };
+  const State state[] = {stored_state(0), stored_state(1), stored_state(2)};
   static_assert(S <= 3, "one more state to name above");
   for (int64_t i = begin; i < end; i += kPair) {
     Pair p = param.load(i), g = grad.load(i);
@@ -96,7 +136,7 @@ void update_in_registers(const TensorRow& row, const typename Rule::template Con
 }
 
 template <class Rule>
-using UpdateInRegisters = void (*)(const TensorRow&, const typename Rule::template Constants<float>&, double, int64_t, int64_t);
+using UpdateInRegisters = void (*)(const TensorRow&, const typename Rule::template Constants<float>&, float, int64_t, int64_t);
 
 template <class Rule, class Layout>
 UpdateInRegisters<Rule> in_registers(bool split, bool float_states) {
@@ -108,28 +148,44 @@ UpdateInRegisters<Rule> in_registers(bool split, bool float_states) {
   return split ? &update_in_registers<Rule, Split, Half, Half> : &update_in_registers<Rule, Half, Half, Half>;
 }
 
-#endif
+template <class Rule, class Layout>
+UpdateInRegisters<Rule> any_in_registers() {
+  using Any = AnyOperand<Layout>;
+  return &update_in_registers<Rule, Any, Any, typename Layout::Half>;
+}
 
-// Updates as many elements from `begin` on as can be kept in registers; returns the first one that is left.
+// The loop for a row; null where there is none.
 template <class Rule>
-int64_t update_registers(const TensorRow& row, const typename Rule::template Constants<float>& constants, double grad_sign,
-                         int64_t begin, int64_t end, const UpdateContext& context) {
-#if defined(FUSED_LANES)
+UpdateInRegisters<Rule> loop_for(const TensorRow& row) {
   const uint8_t format = row.param_format;
-  const bool split = row.master_format == kRemainder16;
-  const bool same = row.grad_format == format && !row.stochastic && (split || row.master_format == kNone);
+  const bool bf16 = format == kBFloat16;
+  if ((!bf16 && format != kFloat16) || row.stochastic) return nullptr;
   bool all_half = true, all_float = Rule::kStates > 0;
   for (int k = 0; k < Rule::kStates; ++k) {
     all_half = all_half && row.state_format[k] == format;
     all_float = all_float && row.state_format[k] == kFloat32;
   }
-  if (!same || !(all_half || all_float) || (format != kBFloat16 && format != kFloat16)) return begin;
+  const bool split = row.master_format == kRemainder16;
+  if (row.grad_format == format && (split || row.master_format == kNone) && (all_half || all_float))
+    return (bf16 ? in_registers<Rule, Bf16Layout> : in_registers<Rule, Fp16Layout>)(split, all_float);
+  if (!all_half || (row.grad_format != format && row.grad_format != kFloat32)) return nullptr;
+  return bf16 ? any_in_registers<Rule, Bf16Layout>() : any_in_registers<Rule, Fp16Layout>();
+}
+
+#endif
+
+// Updates as many elements from `begin` on as are kept in registers; returns the first one that is left.
+template <class Rule>
+int64_t update_registers(const TensorRow& row, const typename Rule::template Constants<float>& constants, float grad_factor,
+                         int64_t begin, int64_t end) {
+#if defined(FUSED_LANES)
+  const auto update = loop_for<Rule>(row);
+  if (update == nullptr) return begin;
   const int64_t whole = begin + (end - begin) / kPair * kPair;
-  const auto update = (format == kBFloat16 ? in_registers<Rule, Bf16Layout> : in_registers<Rule, Fp16Layout>)(split, all_float);
-  update(row, constants, context.grad_factor * grad_sign, begin, whole);
+  update(row, constants, grad_factor, begin, whole);
   return whole;
 #else
-  (void)row, (void)constants, (void)grad_sign, (void)end, (void)context;
+  (void)row, (void)constants, (void)grad_factor, (void)end;
   return begin;
 #endif
 }
