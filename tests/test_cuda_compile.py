@@ -156,6 +156,50 @@ def test_memory_is_accessed_16_bytes_at_a_time(report: Report, objects: Path, so
     assert found > 0
 
 
+def under_way(code: str) -> int:
+    """The most 128-bit loads that are asked for in a row before anything that they bring is used.
+
+    Read from top to bottom: the alternatives of a branch follow one another, and count together.
+    """
+    most = pending = 0
+    waited: set[int] = set()
+    for line in code.splitlines():
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?(\S+) ?([^;]*);", line)
+        if found is None:
+            continue
+        condition, operation, operands = found.groups()
+        target, _, read = operands.partition(",")
+        used = operands if operation.startswith("ST") else read
+        if waited & {int(number) for number in re.findall(r"\bR(\d+)\b", used)}:
+            most, pending, waited = max(most, pending), 0, set()
+        if operation.startswith("LDG") and (first := re.match(r"R(\d+)", target)):
+            words = 4 if ".128" in operation else 2 if ".64" in operation else 1
+            pending += words == 4
+            waited |= {int(first[1]) + word for word in range(words)}
+        elif operation.startswith(("BRA", "EXIT")) and condition is None:
+            waited = set()  # what follows is reached from elsewhere, where other registers are waited for
+    return max(most, pending)
+
+
+STATES = {"SGD<0>": 0, "Adam<0>": 2, "Adam<1>": 3, "Adadelta": 2, "RMSprop<0,0>": 1, "RMSprop<1,1>": 3, "RMSprop": 2}
+"""Of the rules, and of those that begin so; of any other one."""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", ["update_plain", "update_mixed", "reduce", "adafactor_stats"])
+def test_loads_of_all_operands_are_under_way_at_once(report: Report, objects: Path, source: str, arch: str) -> None:
+    """A thread that looks at one operand before it asks for the next waits for the memory as often as it has operands.
+
+    Where operands are stored in any format, the instructions for 16 and for 32 bits are both there: three for each.
+    """
+    for name, code in instructions(objects / f"{source}.o", arch):
+        rule = name.partition(" ")[2]
+        operands = 2 + STATES.get(rule, STATES.get(rule.partition("<")[0], 1))
+        least = {"update_plain": operands, "update_mixed": 2 * operands}.get(source, 4)
+        if name != "list_tiles":
+            assert under_way(code) >= least, name
+
+
 def fused_multiply_adds_of_a_contraction(name: str, code: str) -> None:
     """SGD without momentum is one fma for the decay and one for the step; contraction would leave no lone FMUL."""
     if name == "update_plain SGD<0>":

@@ -228,6 +228,22 @@ def test_misaligned_and_strided_tensors(served: CudaOnCpu, storage: str) -> None
     assert_same(*both(fused.AdamW, {"lr": 0.01, **more}, dtype=dtype, grad_dtype=grad_dtype, shape=views))
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float64"])
+def test_neighbours_in_memory_stay_as_they_are(served: CudaOnCpu, storage: str) -> None:
+    check_neighbours(storage)
+
+
+def check_neighbours(storage: str) -> None:
+    """A parameter that begins where vectors fit and ends within one, amid others' elements."""
+    dtype, _, more = STORAGE[storage]
+    flat = torch.ones(64, dtype=dtype)
+    p = flat[16:29].requires_grad_()
+    p.grad = torch.ones_like(p)
+    fused.AdamW([p], lr=0.1, weight_decay=1.0, **more).step()
+    assert bool((p < 1).all())
+    assert bool((flat[:16] == 1).all()) and bool((flat[29:] == 1).all())
+
+
 def test_misaligned_gradients_alone(served: CudaOnCpu) -> None:
     results = []
     for backend in (None, "cpu"):
@@ -495,24 +511,26 @@ PLANTED: dict[str, Defect] = {
         "",
     ),
     "missing-barrier-of-last": ("block.h", "  __syncthreads();\n  if (last) ", "  if (last) "),
-    "tail-off-by-one": ("update_plain.cu", "if (i >= n) return;", "if (i >= n - 1) return;"),
-    "round-too-short": ("update_mixed.cu", "round < n; round +=", "round < n - 1; round +="),
+    "tail-off-by-one": ("update_chunk.h", "count_of<V>(left), p, s);", "count_of<V>(left - 1), p, s);"),
+    "round-too-short": ("update_chunk.h", "round < chunk.n; round +=", "round < chunk.n - 1; round +="),
+    "whole-untold": ("update_plain.cu", " && chunk.n % storage.kElements == 0", ""),
+    "whole-untold-mixed": ("update_mixed.cu", " && chunk.n % kVector == 0", ""),
+    "rows-read-early": ("update_mixed.cu", "  __syncthreads();\n  if (!chunk.skip)", "  if (!chunk.skip)"),
+    "vectors-of-the-norm": ("reduce.cu", "const bool whole = n % V == 0 && ", "const bool whole = "),
     "lane-mask": (
         "operands.h",
         "__shfl_xor_sync(0xffffffffu, value, lanes, kBlockLanes)",
         "__shfl_xor_sync(0x00ffffffu, value, lanes, kBlockLanes)",
     ),
-    "lanes-leave-early": (
-        "update_mixed.cu",
-        "    float p[kVector], g[kVector], s[S ? S : 1][kVector];\n    load_param",
-        "    if (at.count == 0) return;\n    float p[kVector], g[kVector], s[S ? S : 1][kVector];\n    load_param",
-    ),
+    "lanes-leave-early": ("update_mixed.cu", "kLanesMeet = true;", "kLanesMeet = false;"),
     "counter-not-reset": ("reduce.cu", "    *args.counter = 0u;\n", ""),
 }
 
 
 def run_selection(kernels: CudaOnCpu) -> None:
     """Short steps over every kind of kernel; raises where something is wrong."""
+    check_neighbours("float32")
+    check_neighbours("bfloat16")
     for order, (storage, options) in itertools.product(
         (FORWARD, REVERSE, RANDOM), (("float32", {}), ("int8", {}), ("float32", {"max_grad_norm": 1e9}))
     ):

@@ -184,8 +184,9 @@ struct Scalars {
     neg_out = T(work.step.neg_out);
   }
 
-  __device__ __forceinline__ void update(T& p, T g, T root, bool has_moment, T& moment) const {
-    T change = g * factor * root;
+  __device__ __forceinline__ T change(T g, T root) const { return g * factor * root; }
+
+  __device__ __forceinline__ void update(T& p, T change, bool has_moment, T& moment) const {
     if (has_moment) change = moment = Adafactor::first_moment(moment, change, beta1, into);
     Adafactor::apply(p, change, decay, neg_out);
   }
@@ -204,6 +205,7 @@ struct Job {
   Scalars<double> wide;
   uint32_t step;
   bool has_moment, skip;
+  bool whole;  // every vector of the range, and of every line where lines are whole 8-bit blocks
 };
 
 __device__ __forceinline__ void open(const AdafactorArgs& args, const Piece& piece, Job& job) {
@@ -221,17 +223,33 @@ __device__ __forceinline__ void open(const AdafactorArgs& args, const Piece& pie
   job.wide.set(work);
   job.step = uint32_t(work.count);
   job.has_moment = Adafactor::has_moment(work.hyper);
+  job.whole = takes_vectors(job.row, job.grad) && (job.range.end - job.range.begin) % kVector == 0;
 }
 
-template <class Roots>
-__device__ __forceinline__ void update_place(const Job& job, const Place& at, Roots roots) {
-  float p[kVector], g[kVector], moment[kVector] = {}, root[kVector];
-  load_param(job.row, at, p);
-  load<Reuse::kOnce>(job.row.grad_format, job.grad, at.begin, at.count, g);
-  if (job.has_moment) load_state(job.row, 0, at, moment);
-  roots(root);
+struct Operands {
+  Fetched param, grad, moment;
+};
+
+template <bool WHOLE>
+__device__ __forceinline__ void fetch_all(const Job& job, const Place& at, Operands& to) {
+  fetch_param<WHOLE>(job.row, at, to.param);
+  fetch_grad<WHOLE>(job.row, job.grad, at, to.grad);
+  if (job.has_moment) fetch_state<WHOLE>(job.row, 0, at, to.moment);
+}
+
+// From the elements' inverse roots, which are made before anything is fetched: their divisions take registers.
+__device__ __forceinline__ void update_place(const Job& job, const Place& at, const float (&root)[kVector]) {
+  Operands raw;
+  if (job.whole) fetch_all<true>(job, at, raw);
+  else fetch_all<false>(job, at, raw);
+  float p[kVector], change[kVector], moment[kVector] = {};
+  to_float(job.row.grad_format, raw.grad, change);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) job.narrow.update(p[j], g[j], root[j], job.has_moment, moment[j]);
+  for (int j = 0; j < kVector; ++j) change[j] = job.narrow.change(change[j], root[j]);
+  param_to_float(job.row, raw.param, p);
+  if (job.has_moment) state_to_float(job.row, 0, raw.moment, moment);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) job.narrow.update(p[j], change[j], job.has_moment, moment[j]);
   round_param(job.row, at, p, job.tables.seed, job.step);
   if (job.has_moment) round_state(job.row, 0, at, moment, job.tables.seed, job.step);
 }
@@ -241,17 +259,24 @@ __device__ __forceinline__ void update_range(const Job& job) {
   // Every thread makes every round, with nothing to do past the end: lanes meet in shuffles.
   for (int round = 0; round < n; round += kThreads * kVector) {
     const int first = round + int(threadIdx.x) * kVector;
-    const Place at = {job.range.begin + first, n - first < 0 ? 0 : n - first < kVector ? n - first : kVector};
-    update_place(job, at, [&](float(&root)[kVector]) { load_roots(job.tables, job.by, job.narrow.limit, at.begin, at.count, root); });
+    const Place at = place_of(job.range.begin, first, n - first);
+    float root[kVector];
+    load_roots(job.tables, job.by, job.narrow.limit, at.begin, at.count, root);
+    update_place(job, at, root);
   }
 }
 
 __device__ __forceinline__ void update_rectangle(const Job& job) {
   const Columns<float> columns(job.tables, job.by, job.tile, job.narrow.limit);
-  for (int line = first_line(); line < job.lines.count; line += kWarps) {
-    const Place at = {job.lines.begin + line * job.lines.stride + first_column(), count_at(job.lines, line)};
-    const float of_row = columns.row_var[line];
-    update_place(job, at, [&](float(&root)[kVector]) { columns.roots(of_row, root); });
+  const int last = job.lines.count - 1;
+  float of_row = columns.row_var[first_line() < last ? first_line() : last];
+  for (int line = first_line(); line <= last; line += kWarps) {
+    const int left = width_of(job.lines, line) - first_column();
+    const Place at = place_of(job.lines.begin + line * job.lines.stride, first_column(), left);
+    float root[kVector];
+    columns.roots(of_row, root);
+    of_row = columns.row_var[line + kWarps < last ? line + kWarps : last];  // is there when the next line needs it
+    update_place(job, at, root);
   }
 }
 
@@ -266,7 +291,7 @@ __device__ __forceinline__ void update_double(const Job& job) {
     if (job.has_moment) load_raw<Reuse::kOnce>(static_cast<const double*>(row.state[0]) + begin, count, moment);
     load_roots(job.tables, job.by, job.wide.limit, begin, count, root);
 #pragma unroll
-    for (int j = 0; j < V; ++j) job.wide.update(p[j], g[j], root[j], job.has_moment, moment[j]);
+    for (int j = 0; j < V; ++j) job.wide.update(p[j], job.wide.change(g[j], root[j]), job.has_moment, moment[j]);
     store_raw<Reuse::kAgain>(static_cast<double*>(row.param) + begin, count, p);
     if (job.has_moment) store_raw<Reuse::kOnce>(static_cast<double*>(row.state[0]) + begin, count, moment);
   }

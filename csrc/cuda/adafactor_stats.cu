@@ -75,6 +75,27 @@ __device__ __forceinline__ double vectors_squared(const void* base, const Lines&
   return total;
 }
 
+// Of parameters with remainders, and of those that lie in no vectors.
+__device__ __forceinline__ double places_squared(const TensorRow& row, const Lines& lines) {
+  constexpr int U = 2;  // lines that are under way at once
+  double total = 0.0;
+  for (int line = first_line(); line < lines.count; line += kWarps * U) {
+    Fetched raw[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int mine = line + u * kWarps;
+      fetch_param<false>(row, {lines.begin + mine * lines.stride + first_column(), count_at(lines, mine)}, raw[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      float x[kVector];
+      param_to_float(row, raw[u], x);
+      total += count_at(lines, line + u * kWarps) > 0 ? sum_squares(x) : 0.0;
+    }
+  }
+  return total;
+}
+
 // A thread's share.
 template <class T>
 __device__ __forceinline__ double param_squares(const Job& job) {
@@ -90,16 +111,17 @@ __device__ __forceinline__ double param_squares(const Job& job) {
     } else if (alone && in_vectors<unsigned short>(base, lines)) {
       return vectors_squared<unsigned short>(base, lines, convert);
     }
+    return places_squared(row, lines);
+  } else {
+    double total = 0.0;
+    for (int line = first_line(); line < lines.count; line += kWarps) {
+      T x[kVector];
+      const int count = count_at(lines, line);
+      load<Reuse::kAgain>(kFloat64, row.param, lines.begin + line * lines.stride + first_column(), count, x);
+      total += count > 0 ? sum_squares(x) : 0.0;
+    }
+    return total;
   }
-  double total = 0.0;
-  for (int line = first_line(); line < lines.count; line += kWarps) {
-    const Place at = {lines.begin + line * lines.stride + first_column(), count_at(lines, line)};
-    T x[kVector];
-    if constexpr (sizeof(T) == 4) load_param(row, at, x);
-    else load<Reuse::kAgain>(kFloat64, row.param, at.begin, at.count, x);
-    total += at.count > 0 ? sum_squares(x) : 0.0;
-  }
-  return total;
 }
 
 // ---- averages ----

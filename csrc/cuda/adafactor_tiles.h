@@ -56,8 +56,10 @@ __device__ __forceinline__ Lines lines_of(const AdafactorRow& by, const Tile& ti
 __device__ __forceinline__ int first_line() { return int(threadIdx.x) / kWarp; }
 __device__ __forceinline__ int first_column() { return int(threadIdx.x) % kWarp * kVector; }
 
+__device__ __forceinline__ int width_of(const Lines& lines, int line) { return line == lines.count - 1 ? lines.last_width : lines.width; }
+
 __device__ __forceinline__ int count_at(const Lines& lines, int line) {
-  const int left = (line == lines.count - 1 ? lines.last_width : lines.width) - first_column();
+  const int left = width_of(lines, line) - first_column();
   return line >= lines.count || left < 0 ? 0 : left < kVector ? left : kVector;
 }
 

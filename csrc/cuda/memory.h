@@ -51,6 +51,16 @@ __device__ __forceinline__ void load_vector(const Raw* address, Raw (&out)[V]) {
   memcpy(out, words, kBytes);
 }
 
+template <Reuse REUSE, class Raw, int V>
+__device__ __forceinline__ void store_vector(Raw* address, const Raw (&in)[V]) {
+  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
+  using W = typename Word<kWord>::type;
+  W words[kBytes / kWord];
+  memcpy(words, in, kBytes);
+#pragma unroll
+  for (int w = 0; w < kBytes / kWord; ++w) store_word<REUSE>(reinterpret_cast<W*>(address) + w, words[w]);
+}
+
 // Elements [0, count) at `address`; the others become zero.
 template <Reuse REUSE, class Raw, int V>
 __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&out)[V]) {
@@ -64,13 +74,8 @@ __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&ou
 
 template <Reuse REUSE, class Raw, int V>
 __device__ __forceinline__ void store_raw(Raw* address, int count, const Raw (&in)[V]) {
-  constexpr int kBytes = V * int(sizeof(Raw)), kWord = kWordBytes<kBytes>;
-  using W = typename Word<kWord>::type;
-  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWord == 0) {
-    W words[kBytes / kWord];
-    memcpy(words, in, kBytes);
-#pragma unroll
-    for (int w = 0; w < kBytes / kWord; ++w) store_word<REUSE>(reinterpret_cast<W*>(address) + w, words[w]);
+  if (count >= V && reinterpret_cast<uintptr_t>(address) % kWordBytes<V * int(sizeof(Raw))> == 0) {
+    store_vector<REUSE>(address, in);
   } else {
 #pragma unroll
     for (int j = 0; j < V; ++j)

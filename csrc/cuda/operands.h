@@ -1,21 +1,11 @@
-// A thread's elements in float32, whatever they are stored as: parameters with masters or remainders, states in 16 or 8 bits.
-// The formats of a row are the same for all threads of a block, so each is a branch that the whole block takes: formats
-// add up instead of multiplying the kernels.
+// A thread's elements in float32, back to whatever they are stored as: parameters with masters or remainders, states in 16 or
+// 8 bits; fetch.h brings them. The formats of a row are the same for all threads of a block, so each is a branch that the
+// whole block takes: formats add up instead of multiplying the kernels.
 #pragma once
 
-#include "memory.h"
+#include "fetch.h"
 
 namespace fused::cuda {
-
-constexpr int kVector = 8;  // elements per thread: 16 bytes of a 16-bit format
-constexpr int kBlockLanes = kBlock8 / kVector;  // neighbouring lanes that hold one 8-bit block
-static_assert(kChunk % (kThreads * kVector) == 0 && kWarp % kBlockLanes == 0, "");
-
-// What a thread works on: elements [begin, begin + count) of a tensor.
-struct Place {
-  int64_t begin;
-  int count;
-};
 
 // How an operand is rounded: to nearest, or with 32 random bits for each of the thread's elements, as the CPU draws them.
 struct Rounding {
@@ -63,32 +53,6 @@ __device__ __forceinline__ void store(uint8_t format, void* base, const Place& a
 
 // ---- parameters, with their masters or remainders ----
 
-template <class Low, class Join>
-__device__ __forceinline__ void join(const TensorRow& row, const Place& at, float (&x)[kVector], Join f) {
-  unsigned short high[kVector];
-  Low low[kVector];
-  load_raw<Reuse::kAgain>(static_cast<const unsigned short*>(row.param) + at.begin, at.count, high);
-  load_raw<Reuse::kOnce>(static_cast<const Low*>(row.master) + at.begin, at.count, low);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) x[j] = f(high[j], low[j]);
-}
-
-__device__ __forceinline__ void load_param(const TensorRow& row, const Place& at, float (&x)[kVector]) {
-  const bool bf16 = row.param_format == kBFloat16;
-  switch (row.master_format) {
-    case kFloat32:
-      return load<Reuse::kOnce>(kFloat32, row.master, at.begin, at.count, x);
-    case kRemainder16:
-      if (bf16) return join<int16_t>(row, at, x, [](uint16_t p, int16_t r) { return join16_bf16(p, r); });
-      return join<int16_t>(row, at, x, [](uint16_t p, int16_t r) { return join16_fp16(p, r); });
-    case kRemainder8:
-      if (bf16) return join<int8_t>(row, at, x, [](uint16_t p, int8_t r) { return join8_bf16(p, r); });
-      return join<int8_t>(row, at, x, [](uint16_t p, int8_t r) { return join8_fp16(p, r); });
-    default:
-      return load<Reuse::kAgain>(row.param_format, row.param, at.begin, at.count, x);
-  }
-}
-
 template <class Low, class Split>
 __device__ __forceinline__ void split(const TensorRow& row, const Place& at, const float (&x)[kVector], Split f) {
   unsigned short high[kVector];
@@ -124,24 +88,6 @@ __device__ __forceinline__ void store_param(const TensorRow& row, const Place& a
 }
 
 // ---- states, with their block scales ----
-
-__device__ __forceinline__ bool is_block8(uint8_t format) { return format == kBlock8Signed || format == kBlock8Unsigned; }
-
-template <class Block>
-__device__ __forceinline__ void decode(const uint8_t (&code)[kVector], const Block& block, float (&x)[kVector]) {
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) x[j] = block8_decode(code[j], block);
-}
-
-__device__ __forceinline__ void load_state(const TensorRow& row, int k, const Place& at, float (&x)[kVector]) {
-  const uint8_t format = row.state_format[k];
-  if (!is_block8(format)) return load<Reuse::kOnce>(format, row.state[k], at.begin, at.count, x);
-  uint8_t code[kVector];
-  load_raw<Reuse::kOnce>(static_cast<const uint8_t*>(row.state[k]) + at.begin, at.count, code);
-  const uint16_t scale = at.count > 0 ? static_cast<const uint16_t*>(row.scale[k])[at.begin / kBlock8] : uint16_t(0);
-  if (format == kBlock8Signed) decode(code, block8_signed(scale), x);
-  else decode(code, block8_unsigned(scale), x);
-}
 
 // Combines a value over the lanes that hold one block. All lanes of a warp take part, also those past the end of the
 // tensor, which have nothing to contribute.

@@ -11,19 +11,38 @@ namespace {
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 
-// Gradients are read with the usual caching: the update reads them again.
+// Gradients are read with the usual caching: the update reads them again. A thread asks for kAtOnce vectors before it looks
+// at the first: 64 bytes, and four blocks to a multiprocessor 64 KB; see fetch.h for what it takes.
+constexpr int kAtOnce = 4;
+
+template <bool WHOLE, class T, int V>
+__device__ __forceinline__ void fetch(const T* grad, int round, int n, T (&raw)[kAtOnce][V]) {
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    const int first = round + u * kThreads * V, left = n - first;
+    if constexpr (WHOLE) load_vector<Reuse::kAgain>(grad + (left > 0 ? first : 0), raw[u]);  // of none the first, for nothing
+    else load_raw<Reuse::kAgain>(grad + first, left < 0 ? 0 : left < V ? left : V, raw[u]);
+  }
+}
+
 template <class T, int V, class Convert>
 __device__ __forceinline__ double accumulate(const T* grad, int n, bool maximum, double& poison, Convert convert) {
+  static_assert(V * sizeof(T) == 16 && kSpan % (kAtOnce * kThreads * V) == 0, "");
   double lane[V] = {};
-#pragma unroll 4
-  for (int first = int(threadIdx.x) * V; first < n; first += kThreads * V) {
-    T raw[V];
-    load_raw<Reuse::kAgain>(grad + first, n - first < V ? n - first : V, raw);
+  const bool whole = n % V == 0 && reinterpret_cast<uintptr_t>(grad) % 16 == 0;
+  for (int round = int(threadIdx.x) * V; round < n; round += kAtOnce * kThreads * V) {
+    T raw[kAtOnce][V];
+    if (whole) fetch<true>(grad, round, n, raw);
+    else fetch<false>(grad, round, n, raw);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const double x = double(convert(raw[j]));
-      lane[j] = maximum ? max_nan(fabs(x), lane[j]) : fma_(x, x, lane[j]);
-      if constexpr (sizeof(T) == 8) poison += 0.0 * x;  // a square may overflow where the element does not
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (round + u * kThreads * V >= n) break;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const double x = double(convert(raw[u][j]));
+        lane[j] = maximum ? max_nan(fabs(x), lane[j]) : fma_(x, x, lane[j]);
+        if constexpr (sizeof(T) == 8) poison += 0.0 * x;  // a square may overflow where the element does not
+      }
     }
   }
 #pragma unroll

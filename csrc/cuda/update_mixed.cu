@@ -1,9 +1,7 @@
 // The update in float32 arithmetic for every storage: low-precision parameters, masters and remainders, gradients of
 // another dtype, 16-bit and 8-bit states.
-#include <type_traits>
-
 #include "operands.h"
-#include "update.h"
+#include "update_chunk.h"
 
 namespace fused::cuda {
 namespace {
@@ -13,44 +11,64 @@ template <class Rule>
 constexpr int kResident = Rule::kStates >= 3 ? 2 : 3;
 
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, kResident<Rule>) update_mixed(UpdateArgs args) {
-  constexpr int S = Rule::kStates;
-  using Constants = typename Rule::template Constants<float>;
-  static_assert(sizeof(Constants) <= RowWork::kConstants && std::is_trivially_copyable<Constants>::value, "");
-  const Piece chunk = args.chunks[blockIdx.x];
-  const RowWork& work = args.work[chunk.row];
-  if (work.skip) return;
-  const TensorRow& row = args.rows[chunk.row].tensor;
-  const void* grad = args.grads[chunk.row];
-  const int64_t begin = int64_t(chunk.index) * kChunk;
-  const int64_t left = row.numel - begin;
-  const int n = left < kChunk ? int(left) : kChunk;
-  Constants c;
-  memcpy(&c, work.constants, sizeof c);
-  const float factor = float(work.factor);
+struct Mixed {
+  static constexpr int kElements = kVector, kAtOnce = 1, kStates = Rule::kStates;
+  static constexpr bool kLanesMeet = true;  // in the shuffles of 8-bit blocks
+  struct Operands {
+    Fetched param, grad, state[kStates ? kStates : 1];
+  };
 
-  // Every thread makes every round, with nothing to do past the end: lanes meet in shuffles.
-  for (int round = 0; round < n; round += kThreads * kVector) {
-    const int first = round + int(threadIdx.x) * kVector;
-    const Place at = {begin + first, n - first < 0 ? 0 : n - first < kVector ? n - first : kVector};
-    float p[kVector], g[kVector], s[S ? S : 1][kVector];
-    load_param(row, at, p);
-    load<Reuse::kOnce>(row.grad_format, grad, at.begin, at.count, g);
+  const Chunk<Rule, float>& chunk;
+  const TensorRow& row;
+  const bool& whole;
+  uint64_t seed;
+
+  __device__ __forceinline__ Place place(int first, int count) const { return {chunk.begin + first, count}; }
+
+  template <bool WHOLE>
+  __device__ __forceinline__ void fetch_all(const Place& at, Operands& to) const {
+    fetch_param<WHOLE>(row, at, to.param);
+    fetch_grad<WHOLE>(row, chunk.grad, at, to.grad);
 #pragma unroll
-    for (int k = 0; k < S; ++k) load_state(row, k, at, s[k]);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      float v[S ? S : 1];
-#pragma unroll
-      for (int k = 0; k < S; ++k) v[k] = s[k][j];
-      Rule::apply(p[j], g[j] * factor, v, c);
-#pragma unroll
-      for (int k = 0; k < S; ++k) s[k][j] = v[k];
-    }
-    round_param(row, at, p, args.seed, work.step);
-#pragma unroll
-    for (int k = 0; k < S; ++k) round_state(row, k, at, s[k], args.seed, work.step);
+    for (int k = 0; k < kStates; ++k) fetch_state<WHOLE>(row, k, at, to.state[k]);
   }
+
+  __device__ __forceinline__ void fetch(int first, int count, Operands& to) const {
+    if (whole) fetch_all<true>(place(first, count), to);
+    else fetch_all<false>(place(first, count), to);
+  }
+
+  template <class States>
+  __device__ __forceinline__ void convert(const Operands& from, float (&p)[kVector], float (&g)[kVector], States& s) const {
+    param_to_float(row, from.param, p);
+    to_float(row.grad_format, from.grad, g);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) state_to_float(row, k, from.state[k], s[k]);
+  }
+
+  template <class States>
+  __device__ __forceinline__ void store(int first, int count, const float (&p)[kVector], const States& s) const {
+    round_param(row, place(first, count), p, seed, chunk.step);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) round_state(row, k, place(first, count), s[k], seed, chunk.step);
+  }
+};
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kResident<Rule>) update_mixed(UpdateArgs args) {
+  // Shared by the block: in registers it would leave fewer for what is under way.
+  __shared__ Chunk<Rule, float> chunk;
+  __shared__ TensorRow row;
+  __shared__ bool whole;
+  if (threadIdx.x == 0) {
+    chunk.open(args);
+    if (!chunk.skip) {
+      row = *chunk.row;
+      whole = takes_vectors(row, chunk.grad) && chunk.n % kVector == 0;
+    }
+  }
+  __syncthreads();
+  if (!chunk.skip) update_chunk(chunk, Mixed<Rule>{chunk, row, whole, args.seed});
 }
 
 }  // namespace

@@ -65,8 +65,9 @@ class Batch(TableBatch):
 
     def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
         super().__init__(optimizer, device, indices)
-        self.table.read_on_device(_DLPACK_DEVICE_TYPE, _index(device))
-        self.device_table = self._device_table()
+        index = _index(device)
+        self.table.read_on_device(_DLPACK_DEVICE_TYPE, index)
+        self.device_table = self._device_table(index)
         self.generation = -1
         self.rows_seen = -1
         self.stream = 0
@@ -90,8 +91,8 @@ class Batch(TableBatch):
             self.optimizer.__dict__.setdefault("_captured_tables", set()).add(self.device_table)
         return True
 
-    def _device_table(self) -> Any:
-        return extension.DeviceTable(_index(self.device))
+    def _device_table(self, index: int) -> Any:
+        return extension.DeviceTable(index)
 
     def _begin(self, changed: bool) -> None:
         self.device_table.begin(self.table, changed, self.stream)

@@ -16,8 +16,8 @@ from .factored_table import FactoredBatch
 class Batch(FactoredBatch, cuda.Batch):
     """Parameters on one CUDA device."""
 
-    def _device_table(self) -> Any:
-        return extension.AdafactorTable(cuda._index(self.device))
+    def _device_table(self, index: int) -> Any:
+        return extension.AdafactorTable(index)
 
     def _begin(self, changed: bool) -> None:
         self.device_table.begin(self.table, self.factored, changed, self.stream)
