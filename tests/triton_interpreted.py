@@ -5,6 +5,7 @@ Not collected by itself: the variable TRITON_INTERPRET has to be set before any 
 
 from __future__ import annotations
 
+import interpreted
 import oracle
 import pytest
 import torch
@@ -15,18 +16,13 @@ from cases import CASES
 import fused
 from fused import formats
 from fused.backends.triton import formats as block_formats
-from fused.backends.triton import kernels
 
 # a base of zero has the logarithm it should have
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 CPU = torch.device("cpu")
+interpreted.hasten()
 SIZES = [(0,), (1,), (7,), (63,), (3, 341), (5000,)]
 ROWS = [pytest.param(case, variant, id=f"{case.name}-{variant.name}") for case in CASES for variant in case.variants]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize(("case", "variant"), ROWS)
@@ -159,26 +155,19 @@ def test_learning_rate_on_the_device():
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "clipping"])
 def test_warmup_compiles_what_the_step_launches(monkeypatch, options):
-    seen = {True: set(), False: set()}
-    run = type(kernels.update).run
-
-    def record(self, *args, grid, warmup, **constants):
-        seen[warmup].add((self.fn.__name__, *sorted((k, str(v)) for k, v in constants.items())))
-        return run(self, *args, grid=grid, warmup=warmup, **constants)
-
-    monkeypatch.setattr(type(kernels.update), "run", record)
+    launched = interpreted.record_launches(monkeypatch)
     params = [torch.nn.Parameter(torch.randn(5).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
     groups = [{"params": params[:1]}, {"params": params[1:], "master_weights": "split", "stochastic_rounding": True}]
     optimizer = fused.AdamW(groups, backend="triton", **options)
     before = [p.detach().clone() for p in params]
     fused.warmup(optimizer)
-    assert not seen[False]
+    assert launched and all(launch.ahead for launch in launched)
     assert not optimizer.state
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert seen[False] == seen[True]
+    interpreted.check_compiled_ahead(launched)
 
 
 def test_8bit_first_moments_are_the_cpu_kernels_to_the_bit():

@@ -225,6 +225,15 @@ def _average_columns(shape, m, first, last, weight, added, T: tl.constexpr):
 
 
 @triton.jit
+def _place_of(shape, number):
+    """Of a tile: its matrix, its stripe of rows and of columns, and how many stripes there are of each."""
+    row_tiles = tl.load(shape + ROW_TILES)
+    col_tiles = tl.load(shape + COL_TILES)
+    within = number % (row_tiles * col_tiles)
+    return number // (row_tiles * col_tiles), within // col_tiles, number % col_tiles, row_tiles, col_tiles
+
+
+@triton.jit
 def _matrix_tile(
     row, shape, number, factor, scales, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
     PARAM_FORMAT: tl.constexpr, GRAD_FORMAT: tl.constexpr, MASTER_FORMAT: tl.constexpr,
@@ -237,11 +246,7 @@ def _matrix_tile(
     if ACCESS == ALIGNED:
         columns = tl.multiple_of(columns, 32)
     lines = tl.load(shape + LINES)
-    row_tiles = tl.load(shape + ROW_TILES)
-    col_tiles = tl.load(shape + COL_TILES)
-    m = number // (row_tiles * col_tiles)
-    i = number % (row_tiles * col_tiles) // col_tiles
-    j = number % col_tiles
+    m, i, j, row_tiles, col_tiles = _place_of(shape, number)
     grad = tl.load(row + GRAD)
     row_part = pointer(tl.load(shape + ROW_PART), T)
     lane = tl.arange(0, HEIGHT * WIDTH)
@@ -283,11 +288,7 @@ def _average(shape, number, width, weight, added, least_mean, T: tl.constexpr):
     rows = tl.load(shape + ROWS)
     lead = tl.load(shape + LEAD)
     lines = tl.load(shape + LINES)
-    row_tiles = tl.load(shape + ROW_TILES)
-    col_tiles = tl.load(shape + COL_TILES)
-    m = number // (row_tiles * col_tiles)
-    i = number % (row_tiles * col_tiles) // col_tiles
-    j = number % col_tiles
+    m, i, j, row_tiles, col_tiles = _place_of(shape, number)
     counters = pointer(tl.load(shape + COUNTERS), tl.int32)
     # of the tensor 1, of matrices `lead`, of their stripes of rows, of their stripes of columns
     if _last_of(counters, 1 + lead + m * row_tiles + i, col_tiles):

@@ -88,9 +88,8 @@ def load_param(
     """The parameter, or its master where it has one."""
     param = tl.load(row + PARAM)
     master = tl.load(row + MASTER)
-    bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else (8 if MASTER_FORMAT == REMAINDER8 else 0)
-    split: tl.constexpr = bits != 0
-    if split:
+    if MASTER_FORMAT >= REMAINDER16:
+        bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else 8
         high = load(param, tl.uint16, offset, mask, ACCESS)
         low = load(master, tl.uint16 if bits == 16 else tl.uint8, offset, mask, ACCESS)
         if PARAM_FORMAT == BFLOAT16:
@@ -111,9 +110,8 @@ def store_param(
 ):  # fmt: skip
     param = tl.load(row + PARAM)
     master = tl.load(row + MASTER)
-    bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else (8 if MASTER_FORMAT == REMAINDER8 else 0)
-    split: tl.constexpr = bits != 0
-    if split:
+    if MASTER_FORMAT >= REMAINDER16:
+        bits: tl.constexpr = 16 if MASTER_FORMAT == REMAINDER16 else 8
         rounding = random >> 24 if STOCHASTIC else 0 * random + 0x80
         if PARAM_FORMAT == BFLOAT16:
             high, low = formats.split_bf16(p, bits, rounding)
