@@ -514,7 +514,6 @@ PLANTED: dict[str, Defect] = {
     "tail-off-by-one": ("update_chunk.h", "count_of<V>(left), p, s);", "count_of<V>(left - 1), p, s);"),
     "round-too-short": ("update_chunk.h", "round < chunk.n; round +=", "round < chunk.n - 1; round +="),
     "whole-untold": ("update_plain.cu", " && chunk.n % storage.kElements == 0", ""),
-    "whole-untold-mixed": ("update_mixed.cu", " && chunk.n % kVector == 0", ""),
     "rows-read-early": ("update_mixed.cu", "  __syncthreads();\n  if (!chunk.skip)", "  if (!chunk.skip)"),
     "vectors-of-the-norm": ("reduce.cu", "const bool whole = n % V == 0 && ", "const bool whole = "),
     "lane-mask": (

@@ -297,6 +297,13 @@ __device__ __forceinline__ void update_double(const Job& job) {
   }
 }
 
+// Blocks per multiprocessor to leave registers for. Of three, some architectures' code spills; their memory needs less under way.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kResident = 2;
+#else
+constexpr int kResident = 3;
+#endif
+
 }  // namespace
 
 // In the opposite order: what was read last may still be in the cache.
@@ -320,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 2) adafactor_norm(AdafactorArgs args
   work.step = Adafactor::step(work.hyper, by.shape.flags, work.count, work.rms_param, sqrt(total / double(row.numel)));
 }
 
-__global__ void __launch_bounds__(kThreads, 3) adafactor_apply(AdafactorArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident) adafactor_apply(AdafactorArgs args) {
   __shared__ Job job;
   if (threadIdx.x == 0) open(args, args.tiles[blockIdx.x], job);
   __syncthreads();
