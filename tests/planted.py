@@ -353,8 +353,9 @@ class PlantedKernels:
     """The compiled module, loaded."""
 
     def __init__(self, path: Path) -> None:
-        loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
-        spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
+        name = "planted._C"  # modules of the same name are one to pybind11, wherever they lie
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
         assert spec is not None
         self.extension: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(self.extension)
