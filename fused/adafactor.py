@@ -14,6 +14,7 @@ from .factored import (
     EPS1_MODES,
     FACTORED_DIMS,
     MOMENTS_OF,
+    RULE_OPTIONS,
     FactoredRule,
     check_state,
     complete_state,
@@ -221,6 +222,8 @@ class Adafactor(FusedOptimizer):
             decay_scale="step",
             **options,
         )
+
+    _rule_options = RULE_OPTIONS
 
     def _rule(self, group: dict[str, Any]) -> FactoredRule:
         return rule_of(group)

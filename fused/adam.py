@@ -94,6 +94,8 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
+    _rule_options = ("amsgrad",)
+
     def _rule(self, group: dict[str, Any]) -> Rule:
         return RULES["adam_amsgrad" if group["amsgrad"] else "adam"]
 

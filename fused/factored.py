@@ -31,6 +31,11 @@ DECAY_SCALES = ("lr", "step", "none")
 EPS1_MODES = ("clamp", "add")
 MOMENTS_OF = ("step", "update")
 FACTORED_DIMS = ("last", "largest")
+RULE_OPTIONS = (
+    "relative_step", "warmup_init", "scale_parameter", "eps1_mode", "decay_scale", "moment_of",
+    "beta1", "factored_dims", "min_dim_size_to_factor",
+)
+"""Options of a parameter group that :func:`rule_of` reads."""
 
 
 class Flag(IntFlag):

@@ -22,9 +22,6 @@ from .rules import Rule
 if TYPE_CHECKING:
     from .accumulate import GradientAccumulator
 
-GROUP_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
-"""Options of the engine that may differ between parameter groups."""
-
 KEPT_OPTIONS = ("master_weights", "state_dtype")
 """Options of a live group that a loaded ``state_dict`` does not replace: what was saved is converted instead."""
 
@@ -142,8 +139,11 @@ class FusedOptimizer(Optimizer):
     _kernels = ""
     """Name of the kernels that update this class where they are not the elementwise ones."""
 
+    _rule_options: tuple[str, ...] = ()
+    """Options of a parameter group on which its rule depends."""
+
     def _rule(self, group: dict[str, Any]) -> Rule:
-        """The rule for a parameter group."""
+        """The rule for a parameter group, by its ``_rule_options``."""
         raise NotImplementedError
 
     def _init_state(self, group: dict[str, Any], name: str, like: Tensor) -> Tensor:

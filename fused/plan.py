@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import backends, sharding
-from .precision import Storage
+from .precision import GROUP_OPTIONS, Storage
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class Plan:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
         self.signature: Signature = []
+        options = (*optimizer._rule_options, *GROUP_OPTIONS, "differentiable")
+        self.read_options = itemgetter(*(name for name in options if name in optimizer.defaults))
+        self.options: list[Any] | None = None
         self.batches: list[Batch] = []
         self.shards: list[sharding.Shards] = []
         self.row_values: Tensor | None = None
@@ -109,14 +113,25 @@ class Plan:
             batch.update(control if len(self.batches) == 1 else _on_device(control, batch.device))
 
     def _refresh(self) -> None:
-        current = signature(self.optimizer)
-        if current != self.signature or not all(batch.refresh() for batch in self.batches):
-            self.signature = current
+        if self._asks_for_another() or not all(batch.refresh() for batch in self.batches):
             self.batches = backends.make_batches(self.optimizer)
             self.shards = sharding.shards_of([param for _, _, param in self.optimizer._parameters()])
             self.row_values = None
             for batch in self.batches:
                 batch.refresh()
+
+    def _asks_for_another(self) -> bool:
+        """Whether the groups' options need other batches than those there are."""
+        # The values first, as they lie there: what hundreds of groups ask for takes long to find out.
+        try:
+            options = list(map(self.read_options, self.optimizer.param_groups))
+        except KeyError:  # an option that has a default may lack
+            options = None
+        if options is not None and options == self.options:
+            return False
+        current, before = signature(self.optimizer), self.signature
+        self.signature, self.options = current, options
+        return current != before
 
     def _control(self, grad_multiplier: float) -> Control:
         optimizer, options, device = self.optimizer, self.optimizer._options, self.batches[0].device

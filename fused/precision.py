@@ -40,6 +40,8 @@ FORMAT_OF_DTYPE = {
 
 STATE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 MASTER_WEIGHTS = ("fp32", "split", "split8")
+GROUP_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding")
+"""Options of the engine that may differ between parameter groups: those of :class:`Storage`."""
 
 REMAINDER_DTYPE = {"split": torch.int16, "split8": torch.int8}
 

@@ -85,6 +85,8 @@ class RMSprop(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
+    _rule_options = ("centered", "momentum")
+
     def _rule(self, group: dict[str, Any]) -> Rule:
         name = "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if group["momentum"] > 0 else "")
         return RULES[name]

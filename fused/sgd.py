@@ -88,6 +88,8 @@ class SGD(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
+    _rule_options = ("momentum",)
+
     def _rule(self, group: dict[str, Any]) -> Rule:
         return RULES["sgd_momentum" if group["momentum"] != 0 else "sgd"]
 

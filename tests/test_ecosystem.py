@@ -12,7 +12,7 @@ from conftest import Backend
 from oracle import make_params, set_gradients
 
 import fused
-from fused.optimizer import GROUP_OPTIONS
+from fused.precision import GROUP_OPTIONS
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 CPU = torch.device("cpu")

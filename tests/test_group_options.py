@@ -13,6 +13,7 @@ from conftest import Backend
 from oracle import random_gradient
 
 import fused
+from fused.precision import GROUP_OPTIONS, Storage
 from fused.rules import RULES
 
 GROUPS: tuple[dict[str, Any], ...] = tuple(
@@ -42,6 +43,51 @@ def make_params(backend: Backend) -> list[list[torch.nn.Parameter]]:
         [torch.nn.Parameter(torch.randn(shape).to(options["dtype"]).to(backend.device)) for shape in SHAPES]
         for options in GROUPS
     ]
+
+
+class Recording(dict[str, Any]):
+    """A parameter group that remembers what was read."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        super().__init__(group)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_plan_watches_what_it_depends_on(case: Case) -> None:
+    for variant in case.variants:
+        optimizer = case.make([torch.nn.Parameter(torch.ones(3))], variant)
+        group = Recording(optimizer.param_groups[0])
+        optimizer._rule(group)
+        assert group.read == set(optimizer._rule_options)
+        Storage.of(group)
+        assert group.read == {*optimizer._rule_options, *GROUP_OPTIONS}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_options_changed_between_steps(case: Case, backend: Backend) -> None:
+    """From one variant to another and back, each time with the state that the rule asks for."""
+    for first, second in itertools.permutations(case.variants, 2):
+        params = [torch.nn.Parameter(torch.randn(9, 3, device=backend.device))]
+        optimizer = case.make(params, first, backend=backend.name)
+        other = case.make(params, second, backend=backend.name).param_groups[0]
+        own = dict(optimizer.param_groups[0])
+        for options in (own, other, own):
+            optimizer.param_groups[0].update({k: v for k, v in options.items() if k != "params"})
+            params[0].grad = random_gradient((9, 3), torch.float32, backend.device)
+            optimizer.step()
+            rule = optimizer._rule(optimizer.param_groups[0])
+            assert optimizer._plan is not None
+            assert [wanted for wanted, _, _ in optimizer._plan.signature] == [rule]
+            assert set(rule.states) <= optimizer.state[params[0]].keys()
 
 
 def variant_of(case: Case) -> Variant:

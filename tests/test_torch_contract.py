@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 import fused
-from fused.optimizer import GROUP_OPTIONS, OPTIMIZER_OPTIONS
+from fused.optimizer import OPTIMIZER_OPTIONS
+from fused.precision import GROUP_OPTIONS
 from fused.rules import RULES
 
 CPU = torch.device("cpu")
