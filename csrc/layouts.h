@@ -31,7 +31,7 @@ class Layouts {
     if (objects == nullptr || object == nullptr || !objects->traits_of(object, layout.traits)) return kNone;
     layout.numel = view.numel;
     layout.format = view.format;
-    layout.element_size = view.format == kFloat64 ? 8 : view.format == kFloat32 ? 4 : 2;
+    layout.element_size = bytes_of(view.format);
     // A complex tensor counts as twice the elements of half the size.
     if (TensorObjects::numel(layout.traits) != view.numel) return kNone;
     if (view.numel != 0 && objects->address(object, layout.element_size) != view.data) return kNone;

@@ -22,6 +22,22 @@ enum Format : uint8_t {
   kBlock8Unsigned = 8,
 };
 
+// Of one element. Static: code of several instruction sets must not share one copy.
+static constexpr int bytes_of(uint8_t format) {
+  switch (format) {
+    case kFloat64:
+      return 8;
+    case kFloat32:
+      return 4;
+    case kRemainder8:
+    case kBlock8Signed:
+    case kBlock8Unsigned:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
 enum RuleId : uint8_t;
 
 struct TensorRow {

@@ -6,21 +6,15 @@ The C++ ones are compiled into one module, side by side; a number in it says whi
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.machinery
-import importlib.util
 import inspect
-import sysconfig
 import textwrap
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from cuda_on_cpu.build import ROOT, SUFFIX, compiler, edited, locked, read_by, run
+from cuda_on_cpu.build import ROOT, SUFFIX, compile_all, compiler, edited, load, locked, run
 
 from fused import backends
 from fused.backends import cpu, cpu_adafactor, factored_table, reference, reference_adafactor, table
@@ -322,9 +316,6 @@ FLAGS = [
 
 def build() -> Path:
     """Compiles the extension for the CPU with all defects; objects are kept where their sources have not changed."""
-    import pybind11
-
-    system = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     folder = ROOT / "build" / "planted"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -333,17 +324,7 @@ def build() -> Path:
         for number, defect in enumerate(IN_CPP, start=1):
             assert f"planted_defect == {number} ?" in planted, f"no place for '{defect.case}: {defect.name}' any more"
 
-        def compile_one(source: Path) -> Path:
-            text = b"".join(path.read_bytes() for path in read_by(source))
-            target = folder / f"{source.name}-{hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:16]}.o"
-            if not target.exists():
-                partial = target.with_suffix(".tmp")
-                run([*compiler(), *FLAGS, *system, "-c", str(source), "-o", str(partial)])
-                partial.rename(target)
-            return target
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]))
+        objects = compile_all([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")], folder, FLAGS)
         module = folder / f"_C{SUFFIX}"
         run([*compiler(), "-shared", "-fopenmp", *map(str, objects), "-o", str(module)])
     return module
@@ -353,12 +334,7 @@ class PlantedKernels:
     """The compiled module, loaded."""
 
     def __init__(self, path: Path) -> None:
-        name = "planted._C"  # modules of the same name are one to pybind11, wherever they lie
-        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-        assert spec is not None
-        self.extension: ModuleType = importlib.util.module_from_spec(spec)
-        loader.exec_module(self.extension)
+        self.extension = load(path, "planted")
         self.chosen = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "planted_defect")
 
     def serve(self, defect: Defect | None, patch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,8 @@ struct Ahead {
 
   Ahead(const TensorRow& row, int64_t begin, int64_t n, int parts)
       : param(static_cast<const char*>(row.param)), grad(static_cast<const char*>(row.grad)) {
-    const auto size = [](uint8_t format) { return format == kFloat64 ? 8 : format == kFloat32 ? 4 : 2; };
-    param += begin * size(row.param_format), param_bytes = n * size(row.param_format);
-    grad += begin * size(row.grad_format), grad_bytes = n * size(row.grad_format);
+    param += begin * bytes_of(row.param_format), param_bytes = n * bytes_of(row.param_format);
+    grad += begin * bytes_of(row.grad_format), grad_bytes = n * bytes_of(row.grad_format);
     part = (std::max(param_bytes, grad_bytes) / parts + kLine) / kLine * kLine;
   }
 

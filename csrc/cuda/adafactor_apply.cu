@@ -58,7 +58,7 @@ struct Columns {
         row_var(static_cast<const T*>(by.shape.row_var) + tile.matrix * by.shape.rows + tile.line) {
     const int left = tile.width - first_column();
     load_raw<Reuse::kAgain>(at<T>(args, by.col_factor) + tile.matrix * by.shape.cols + tile.col + first_column(),
-                            left < 0 ? 0 : left < kVector ? left : kVector, factor);
+                            count_of<kVector>(left), factor);
   }
 
   __device__ __forceinline__ void roots(T row, T (&root)[kVector]) const {

@@ -60,7 +60,7 @@ __device__ __forceinline__ int width_of(const Lines& lines, int line) { return l
 
 __device__ __forceinline__ int count_at(const Lines& lines, int line) {
   const int left = width_of(lines, line) - first_column();
-  return line >= lines.count || left < 0 ? 0 : left < kVector ? left : kVector;
+  return line >= lines.count ? 0 : count_of<kVector>(left);
 }
 
 // Whether every line starts at a place for vectors and ends with one.

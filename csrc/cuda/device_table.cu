@@ -202,18 +202,15 @@ std::string DeviceTable::fault(const char* name, const void* address, int size) 
 
 std::pair<int64_t, std::string> DeviceTable::bad_row(const std::vector<TensorRow>& rows) const {
   const OnDevice current(device_);
-  const auto size_of = [](uint8_t format) {
-    return format == kFloat64 ? 8 : format == kFloat32 ? 4 : format == kBlock8Signed || format == kBlock8Unsigned || format == kRemainder8 ? 1 : 2;
-  };
   for (size_t r = 0; r < rows.size(); ++r) {
     const TensorRow& row = rows[r];
     if (row.grad == nullptr || row.numel == 0) continue;
-    std::string what = fault("parameter", row.param, size_of(row.param_format));
-    if (what.empty()) what = fault("gradient", row.grad, size_of(row.grad_format));
-    if (what.empty() && row.master != nullptr) what = fault("master", row.master, size_of(row.master_format));
+    std::string what = fault("parameter", row.param, bytes_of(row.param_format));
+    if (what.empty()) what = fault("gradient", row.grad, bytes_of(row.grad_format));
+    if (what.empty() && row.master != nullptr) what = fault("master", row.master, bytes_of(row.master_format));
     if (what.empty()) what = fault("step count", row.step, 4);
     for (int k = 0; k < kMaxStates && what.empty(); ++k) {
-      what = fault("state", row.state[k], size_of(row.state_format[k]));
+      what = fault("state", row.state[k], bytes_of(row.state_format[k]));
       if (what.empty()) what = fault("block scale", row.scale[k], 2);
     }
     if (!what.empty()) return {int64_t(r), what};

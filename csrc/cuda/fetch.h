@@ -21,12 +21,6 @@ struct Place {
   int count;
 };
 
-// Of V elements, as many as are left.
-template <int V>
-__device__ __forceinline__ int count_of(int left) {
-  return left < 0 ? 0 : left < V ? left : V;
-}
-
 // At `first` of the elements after `begin`. If none are left it is `begin`, where whole vectors can be read for nothing.
 __device__ __forceinline__ Place place_of(int64_t begin, int first, int left) {
   return {begin + (left > 0 ? first : 0), count_of<kVector>(left)};
@@ -49,8 +43,7 @@ template <bool WHOLE, Reuse REUSE, class T>
 __device__ __forceinline__ void fetch_as(const void* base, const Place& at, Fetched& raw, int to = 0) {
   T value[kVector];
   const T* address = static_cast<const T*>(base) + at.begin;
-  if constexpr (WHOLE) load_vector<REUSE>(address, value);
-  else load_raw<REUSE>(address, at.count, value);
+  load_elements<WHOLE, REUSE>(address, at.count, value);
   memcpy(raw.word + to, value, sizeof value);
 }
 

@@ -61,6 +61,12 @@ __device__ __forceinline__ void store_vector(Raw* address, const Raw (&in)[V]) {
   for (int w = 0; w < kBytes / kWord; ++w) store_word<REUSE>(reinterpret_cast<W*>(address) + w, words[w]);
 }
 
+// Of V elements, as many as are left.
+template <int V>
+__device__ __forceinline__ int count_of(int left) {
+  return left < 0 ? 0 : left < V ? left : V;
+}
+
 // Elements [0, count) at `address`; the others become zero.
 template <Reuse REUSE, class Raw, int V>
 __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&out)[V]) {
@@ -70,6 +76,13 @@ __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&ou
 #pragma unroll
     for (int j = 0; j < V; ++j) out[j] = j < count ? load_word<REUSE>(address + j) : Raw(0);
   }
+}
+
+// The same; WHOLE: all V of them, at an address that takes the widest accesses.
+template <bool WHOLE, Reuse REUSE, class Raw, int V>
+__device__ __forceinline__ void load_elements(const Raw* address, int count, Raw (&out)[V]) {
+  if constexpr (WHOLE) load_vector<REUSE>(address, out);
+  else load_raw<REUSE>(address, count, out);
 }
 
 template <Reuse REUSE, class Raw, int V>

@@ -20,8 +20,7 @@ __device__ __forceinline__ void fetch(const T* grad, int round, int n, T (&raw)[
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u) {
     const int first = round + u * kThreads * V, left = n - first;
-    if constexpr (WHOLE) load_vector<Reuse::kAgain>(grad + (left > 0 ? first : 0), raw[u]);  // of none the first, for nothing
-    else load_raw<Reuse::kAgain>(grad + first, left < 0 ? 0 : left < V ? left : V, raw[u]);
+    load_elements<WHOLE, Reuse::kAgain>(grad + (left > 0 ? first : 0), count_of<V>(left), raw[u]);  // of none the first, for nothing
   }
 }
 

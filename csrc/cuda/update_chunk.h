@@ -107,23 +107,17 @@ struct Direct {
   }
 
   template <Reuse REUSE>
-  __device__ __forceinline__ static void fetch_one(const T* from, int count, T (&out)[V]) {
-    if constexpr (WHOLE) load_vector<REUSE>(from, out);
-    else load_raw<REUSE>(from, count, out);
-  }
-
-  template <Reuse REUSE>
   __device__ __forceinline__ static void store_one(T* to, int count, const T (&x)[V]) {
     if constexpr (WHOLE) store_vector<REUSE>(to, x);
     else store_raw<REUSE>(to, count, x);
   }
 
   __device__ __forceinline__ void fetch(int first, int count, Operands& to) const {
-    fetch_one<Reuse::kAgain>(param + first, count, to.param);
-    if constexpr (GRAD_IS_T) fetch_one<Reuse::kOnce>(static_cast<const T*>(grad) + first, count, to.grad);
+    load_elements<WHOLE, Reuse::kAgain>(param + first, count, to.param);
+    if constexpr (GRAD_IS_T) load_elements<WHOLE, Reuse::kOnce>(static_cast<const T*>(grad) + first, count, to.grad);
     else load<Reuse::kOnce>(grad_format, grad, begin + first, count, to.grad);
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) fetch_one<Reuse::kOnce>(state[k] + first, count, to.state[k]);
+    for (int k = 0; k < kStates; ++k) load_elements<WHOLE, Reuse::kOnce>(state[k] + first, count, to.state[k]);
   }
 
   template <class States>

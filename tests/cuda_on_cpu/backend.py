@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from .build import load
 
 FORWARD, REVERSE, RANDOM = 0, 1, 12345
 """Orders in which threads and blocks run; any other number is a seed too."""
@@ -20,11 +19,7 @@ class CudaOnCpu:
     """One build of the kernels."""
 
     def __init__(self, path: Path) -> None:
-        loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
-        spec = importlib.util.spec_from_file_location("_C", path, loader=loader)
-        assert spec is not None
-        self.extension: ModuleType = importlib.util.module_from_spec(spec)
-        loader.exec_module(self.extension)
+        self.extension = load(path, "cuda_on_cpu")
         self.runtime = ctypes.CDLL(str(path))
 
     def order(self, which: int) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -50,28 +53,14 @@ def build(sanitize: bool = False, planted: tuple[str, Callable[[str, str], str]]
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
         planted: a name, and what maps a source file's name and text to another text: a defect to be found.
     """
-    import pybind11
-
     sanitizers = SANITIZE if sanitize else []
     flags = [*FLAGS, *sanitizers, f"-I{HERE / 'include'}"]
-    system = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     folder = ROOT / "build" / ("cuda-on-cpu" + ("-sanitized" if sanitize else ""))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         csrc = edited(folder / planted[0], planted[1]) if planted else CSRC
 
-        def compile_one(source: Path) -> Path:
-            text = b"".join(path.read_bytes() for path in read_by(source))
-            key = hashlib.sha256(text + repr((flags, system, compiler())).encode())
-            target = folder / f"{source.name}-{key.hexdigest()[:16]}.o"
-            if not target.exists():
-                partial = target.with_suffix(".tmp")
-                run([*compiler(), *flags, *system, "-x", "c++", "-c", str(source), "-o", str(partial)])
-                partial.rename(target)
-            return target
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compile_one, sources(csrc)))
+        objects = compile_all(sources(csrc), folder, [*flags, "-x", "c++"])
         key = hashlib.sha256(repr(sorted(objects)).encode()).hexdigest()[:16]
         module = folder / key / f"_C{SUFFIX}"
         if not module.exists():
@@ -79,6 +68,37 @@ def build(sanitize: bool = False, planted: tuple[str, Callable[[str, str], str]]
             partial = module.with_suffix(".tmp")
             run([*compiler(), *sanitizers, "-shared", *map(str, objects), "-o", str(partial)])
             partial.rename(module)
+    return module
+
+
+def compile_all(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
+    """The objects in ``folder``, made anew where a source, a header or a flag has changed."""
+    import pybind11
+
+    system = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+
+    def compile_one(source: Path) -> Path:
+        text = b"".join(path.read_bytes() for path in read_by(source))
+        key = hashlib.sha256(text + repr((flags, system, compiler())).encode())
+        target = folder / f"{source.name}-{key.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(".tmp")
+            run([*compiler(), *flags, *system, "-c", str(source), "-o", str(partial)])
+            partial.rename(target)
+        return target
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def load(path: Path, package: str) -> ModuleType:
+    """The module at ``path``, apart from others: to pybind11 those of the same name are one, wherever they lie."""
+    name = f"{package}._C"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
     return module
 
 
