@@ -20,7 +20,9 @@ __device__ __forceinline__ void fetch(const T* grad, int round, int n, T (&raw)[
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u) {
     const int first = round + u * kThreads * V, left = n - first;
-    load_elements<WHOLE, Reuse::kAgain>(grad + (left > 0 ? first : 0), count_of<V>(left), raw[u]);  // of none the first, for nothing
+    // Not load_elements of the one address that serves both: it takes registers.
+    if constexpr (WHOLE) load_vector<Reuse::kAgain>(grad + (left > 0 ? first : 0), raw[u]);  // of none the first, for nothing
+    else load_raw<Reuse::kAgain>(grad + first, count_of<V>(left), raw[u]);
   }
 }
 
