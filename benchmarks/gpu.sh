@@ -15,7 +15,8 @@
 #
 # Needs no network where torch, pybind11, ninja, setuptools and pytest are installed already; what is missing is said
 # before anything is started. A stage that fails or hangs does not stop the others, and what it left is kept; the exit code
-# says whether all passed. Nothing of the card's settings is touched.
+# says whether all passed. The most telling come first. Where the CUDA kernels cannot be compiled, those of Triton are
+# tested and measured. Nothing of the card's settings is touched.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -57,8 +58,10 @@ stop() { # told to end: so is the stage, and what it wrote is kept
 }
 trap stop TERM INT
 
-stage() { # stage NAME SECONDS COMMAND...: run under a time limit, log, remember failure
-  local name=$1 limit=$2 start=$SECONDS code=0
+# stage NAME SECONDS COMMAND...: run under a time limit, log, remember failure. ENDED_BY=INT lets pytest say what has
+# failed so far; the signal has to be made known again, as the shell has what it starts in the background ignore it.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS code=0 signal=${ENDED_BY:-TERM}
   shift 2
   if [[ $SKIP == *" ${name%%-*} "* ]]; then
     note "=== $name: skipped"
@@ -68,11 +71,11 @@ stage() { # stage NAME SECONDS COMMAND...: run under a time limit, log, remember
   if ((limit < 2)); then
     note "=== $name: no time left"
     failed+=("$name (no time)")
-    return
+    return 1
   fi
   printf '\n=== %s (after %d s, at most %d s)\n' "$name" "$SECONDS" "$limit"
   # In the background, so that a signal to this script is not kept waiting.
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null &
+  timeout --signal="$signal" --kill-after=12 "$limit" env --default-signal=INT "$@" >"$OUT/$name.log" 2>&1 </dev/null &
   running=$!
   wait "$running" || code=$?
   running=
@@ -86,6 +89,7 @@ stage() { # stage NAME SECONDS COMMAND...: run under a time limit, log, remember
     note "=== $name: $result after $((SECONDS - start)) s, see $OUT/$name.log"
   fi
   keep
+  return "$code"
 }
 
 check() { # what is here; 1: nothing can be measured, 2: something has to be installed
@@ -139,9 +143,10 @@ PROGRAM
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
 build() {
-  # The tools of this environment, which need no network; a read-only environment gets a folder.
-  "$PYTHON" -m pip install --no-deps --no-build-isolation --no-index . ||
-    "$PYTHON" -m pip install --no-deps --no-build-isolation --no-index --upgrade --target "$OUT/site" .
+  # The tools of this environment, which need no network; a read-only environment gets a folder. Told as it goes: what a
+  # time limit cuts off should show where.
+  "$PYTHON" -m pip install -v --no-deps --no-build-isolation --no-index . ||
+    "$PYTHON" -m pip install -v --no-deps --no-build-isolation --no-index --upgrade --target "$OUT/site" .
 }
 
 check
@@ -163,28 +168,37 @@ fi
 export FUSED_CUDA_ARCHS=${FUSED_CUDA_ARCHS:-90}
 has matplotlib || PUBLISH=0
 
-stage build "$(part 200)" bash -c "$(declare -f build); PYTHON='$PYTHON' OUT='$OUT' build"
+building=(bash -c "$(declare -f build); PYTHON='$PYTHON' OUT='$OUT' build")
+if ! stage build "$(part 200)" "${building[@]}" && [ -n "$nvcc" ] && [ "$FUSED_CUDA" = 1 ]; then
+  stage build-without-cuda "$(part 120)" env FUSED_CUDA=0 "${building[@]}"
+fi
 [ -d "$OUT/site" ] && export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
 stage info "$(part 60)" env PYTHONSAFEPATH=1 "$PYTHON" -m fused info
 
 # PYTHONSAFEPATH: what was installed is tested, not the checkout; no:cacheprovider: the checkout stays clean. Most of the
-# time goes into compiling Triton's kernels, which several processes share through their cache.
-tests=(env PYTHONSAFEPATH=1 "$PYTHON" -m pytest -q -p no:cacheprovider)
+# time goes into compiling Triton's kernels, which several processes share through their cache. A test that hangs says
+# where after a while.
+tests=(env PYTHONSAFEPATH=1 "$PYTHON" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=60)
 several=()
 if has xdist; then several=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
-if [ "$DEVICE" = cuda ]; then all=(tests --maxfail=20 -m "gpu and not large"); else all=(tests/test_gpu.py); fi
-stage tests-gpu "$(part 130)" "${tests[@]}" ${several[@]+"${several[@]}"} "${all[@]}"
-[ "${LARGE:-0}" = 1 ] && stage tests-large "$(part 150)" "${tests[@]}" tests -m "gpu and large"
+test_stage() { ENDED_BY=INT LINES_SHOWN=25 stage "$1" "$2" "${tests[@]}" ${several[@]+"${several[@]}"} "${@:3}"; }
+test_stage tests-gpu "$(part 120)" tests/test_gpu.py
 
 publish=()
 [ "$PUBLISH" = 1 ] && publish=(--publish)
-budget=$(($(left) - $(part 170))) # the share of what follows, and what a last cell may run over
+budget=$(($(left) - $(part 230))) # the share of what follows, and what a last cell may run over
 LINES_SHOWN=70 stage benchmarks $((budget + $(part 60))) "$PYTHON" -m benchmarks all --device "$DEVICE" --seconds 0.15 \
   --limit "$budget" --out "$OUT/results" ${publish[@]+"${publish[@]}"}
 
+# What every backend has to pass, on the GPU's; without one nothing is left to select.
+if [ "$DEVICE" = cuda ]; then
+  test_stage tests-backends "$(part 100)" tests --ignore=tests/test_gpu.py --maxfail=20 -m "gpu and not large"
+  [ "${LARGE:-0}" = 1 ] && test_stage tests-large "$(part 150)" tests -m "gpu and large"
+fi
+
 # The Triton kernels too, where the CUDA ones were measured above.
 if [ "$DEVICE" = cuda ] && has triton; then
-  LINES_SHOWN=30 stage benchmarks-triton "$(part 60)" "$PYTHON" -m benchmarks step --quick --device cuda --backend triton \
+  LINES_SHOWN=30 stage benchmarks-triton "$(part 50)" "$PYTHON" -m benchmarks step --quick --device cuda --backend triton \
     --opt adamw,adafactor --seconds 0.1
 fi
 
@@ -193,8 +207,8 @@ fi
 if command -v compute-sanitizer >/dev/null; then
   small=(tests/test_gpu.py -k "cuda and (same_bits or adafactor_repeats)")
   for tool in memcheck racecheck; do
-    stage "sanitizer-$tool" "$(part 80)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool "$tool" \
-      "${tests[@]}" "${small[@]}"
+    ENDED_BY=INT stage "sanitizer-$tool" "$(part 80)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      compute-sanitizer --error-exitcode 9 --target-processes all --tool "$tool" "${tests[@]}" "${small[@]}"
   done
 else
   note "=== sanitizer: compute-sanitizer is not here"

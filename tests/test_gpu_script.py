@@ -32,6 +32,7 @@ esac
 echo "output of $2"
 if [ "$2" = "${HANGS:-}" ]; then sleep 1000; fi
 if [ "$2" = "${FAILS:-}" ]; then exit 3; fi
+if [ "$2" = pip ] && [ -n "${FAILS_WITH_CUDA:-}" ] && [ "$FUSED_CUDA" = 1 ]; then exit 3; fi
 exit 0
 """
 
@@ -100,7 +101,8 @@ def test_every_stage_is_run_and_kept(stage: Stage) -> None:
     assert code == 0, output
     lines = [line.split()[1].rstrip(":") for line in stage.summary.splitlines() if line.startswith("===")]
     assert lines == [
-        *("build", "info", "tests-gpu", "benchmarks", "benchmarks-triton", "sanitizer-memcheck", "sanitizer-racecheck")
+        *("build", "info", "tests-gpu", "benchmarks", "tests-backends", "benchmarks-triton", "sanitizer-memcheck"),
+        "sanitizer-racecheck",
     ]
     assert "everything passed" in output
     assert {"build.log", "tests-gpu.log", "summary.txt", "step.json"} <= stage.archived()
@@ -114,7 +116,7 @@ def test_a_failure_does_not_stop_the_others(stage: Stage) -> None:
     assert code == 1
     assert "tests-gpu (exit code 3)" in output
     assert "=== benchmarks: passed" in stage.summary
-    assert "failed: tests-gpu (exit code 3); sanitizer-memcheck (exit code 3);" in stage.summary
+    assert "failed: tests-gpu (exit code 3); tests-backends (exit code 3); sanitizer-memcheck" in stage.summary
 
 
 def test_what_hangs_is_cut_off_and_the_others_run(stage: Stage) -> None:
@@ -130,9 +132,26 @@ def test_what_hangs_is_cut_off_and_the_others_run(stage: Stage) -> None:
 def test_a_build_that_fails_is_tried_in_a_folder_and_said(stage: Stage) -> None:
     code, output = stage.run(FAILS="pip")
     assert code == 1
-    assert "build (exit code 3)" in output
+    assert "build (exit code 3)" in output and "build-without-cuda (exit code 3)" in output
     assert [line for line in stage.calls if "--target" in line]
     assert "=== tests-gpu: passed" in stage.summary
+
+
+def test_where_the_cuda_kernels_do_not_compile_the_others_are_measured(stage: Stage) -> None:
+    code, output = stage.run(FAILS_WITH_CUDA="1")
+    assert code == 1
+    assert "build (exit code 3)" in output and "=== build-without-cuda: passed" in stage.summary
+    assert "=== benchmarks: passed" in stage.summary
+
+
+def test_pytest_cut_off_can_say_what_has_failed(stage: Stage) -> None:
+    """A signal that the shell has its background processes ignore."""
+    interpreter = stage.folder / "tools" / "python-stand-in"
+    waits = "if [ \"$2\" = pytest ]; then trap 'echo the failures so far; exit 2' INT; sleep 1000 & wait; fi\n"
+    interpreter.write_text(interpreter.read_text().replace('echo "output of', waits + 'echo "output of', 1))
+    code, output = stage.run(LIMIT="20", SKIP="sanitizer")
+    assert code == 1
+    assert "tests-gpu (cut off after 4 s)" in output and "the failures so far" in output
 
 
 def test_stages_can_be_left_out(stage: Stage) -> None:

@@ -73,8 +73,8 @@ def _cpu_plan(beside: int) -> list[Line]:
 def _gpu_plan(beside: int) -> list[Line]:
     return [
         Line(5, "env"),
-        Line(250, "step"),
         Line(370 if beside else 150, f"targets --beside {beside}"),
+        Line(250, "step"),
         Line(180, "compare --profile gpt2,resnet50,tiny"),
         Line(20, "pipeline"),
         Line(30, "host"),
