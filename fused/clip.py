@@ -283,7 +283,11 @@ class Gradients:
     def scale_rest(self, factor: Tensor) -> None:
         for (device, dtype), tensors in _by_place(self.rest).items():
             there = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-            torch._foreach_mul_(tensors, there)
+            if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+                # A factor of another dtype would be multiplied tensor by tensor, one of theirs is rounded to 8 bits.
+                torch._amp_foreach_non_finite_check_and_unscale_(tensors, torch.zeros_like(there), there)
+            else:
+                torch._foreach_mul_(tensors, there)
 
     def unscale(self, factor: Tensor) -> dict[torch.device, Tensor]:
         """Multiplies all of them by ``factor`` (float32); per device, 1 where an element was not finite, else 0."""
@@ -330,16 +334,12 @@ def _sum(tensors: list[Tensor], maximum: bool) -> Tensor:
 
 
 def _sum_in_torch(tensors: list[Tensor], maximum: bool) -> Tensor:
-    order = float("inf") if maximum else 2.0
+    """With as many calls however many tensors: to launch a kernel takes longer than to read a small one."""
     wide = _wide_dtype(tensors[0].device)
-    norms = [
-        torch.linalg.vector_norm(tensor, order, dtype=wide)
-        for tensor in tensors
-        if tensor.numel() != 0
-    ]
-    if not norms:
+    there = [tensor for tensor in tensors if tensor.numel() != 0]
+    if not there:
         return torch.zeros(2, dtype=wide, device=tensors[0].device)
-    stacked = torch.stack(norms)
+    stacked = torch.stack(torch._foreach_norm(there, float("inf") if maximum else 2.0, dtype=wide))
     value = stacked.amax() if maximum else stacked.square().sum()
     return torch.stack((value, (~stacked.isfinite()).sum().to(wide)))
 

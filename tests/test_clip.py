@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as torch_clip_grad_norm_
 from torch.nn.utils import clip_grad_value_ as torch_clip_grad_value_
+from torch.overrides import TorchFunctionMode
 
 import fused
 from fused import backends, clip
 
 INF = float("inf")
+READS = ("__get__", "is_conj", "is_neg", "is_complex", "numel", "conj", "detach", "requires_grad")
+"""What is asked of every tensor, without work for a device."""
 SIZES = [(0,), (1,), (7,), (63,), (1023,), (65537,), (3, 5), (17, 31, 3), ()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -105,6 +108,31 @@ def test_bfloat16_sum_is_exact_to_float32(path: str) -> None:
     grad = torch.full((1 << 16,), 0.01).bfloat16()
     norm = fused.get_total_norm([grad])
     assert float(norm) == pytest.approx(float(grad.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_torchs_functions_are_called_as_often_for_many_gradients(
+    norm_type: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a launch or more on a GPU."""
+    monkeypatch.setattr(clip, "extension", None)
+
+    class Calls(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+            self.count += getattr(func, "__name__", "") not in READS
+            return func(*args, **(kwargs or {}))  # type: ignore[operator,misc]
+
+    counts = []
+    for number in (2, 200):
+        params = [parameter(torch.ones(3)) for _ in range(number)]
+        monkeypatch.setattr(clip, "_sum", clip._sum_in_torch)
+        with Calls() as calls:
+            norm = fused.clip_grad_norm_(params, 1.0, norm_type)
+        assert float(norm) == pytest.approx(1.0 if norm_type == INF else math.sqrt(3.0 * number))
+        counts.append(calls.count)
+    assert counts[0] == counts[1] < 30
 
 
 def test_many_tiny_gradients(path: str) -> None:
