@@ -7,7 +7,7 @@
 #   OUT=benchmarks/out/gpu   logs, a summary, JSON, CSV and plots
 #   ARCHIVE=FILE.tar.gz  OUT in one file, renewed after every stage
 #   LIMIT=570            seconds for everything, of which each stage has its part; benchmarks get what the rest leaves
-#   SKIP="sanitizer"     stages to leave out: build info tests benchmarks sanitizer
+#   SKIP="sanitizer"     stages to leave out: build info tests targets benchmarks sanitizer
 #   LARGE=1              also the tests of more than 2^31 elements
 #   PUBLISH=0            do not write benchmarks/results/<machine>.json, its plots and the README's tables
 #   DEVICE=cpu           a rehearsal: all of it without a GPU, as far as that goes
@@ -186,9 +186,12 @@ test_stage tests-gpu "$(part 120)" tests/test_gpu.py
 
 publish=()
 [ "$PUBLISH" = 1 ] && publish=(--publish)
+# The goals in a process of their own: what kills it leaves the other measurements their GPU.
+measured=(--device "$DEVICE" --seconds 0.15 --out "$OUT/results")
+LINES_SHOWN=40 stage targets "$(part 110)" "$PYTHON" -m benchmarks targets "${measured[@]}" --limit "$(part 80)"
 budget=$(($(left) - $(part 230))) # the share of what follows, and what a last cell may run over
-LINES_SHOWN=70 stage benchmarks $((budget + $(part 60))) "$PYTHON" -m benchmarks all --device "$DEVICE" --seconds 0.15 \
-  --limit "$budget" --out "$OUT/results" ${publish[@]+"${publish[@]}"}
+LINES_SHOWN=70 stage benchmarks $((budget + $(part 60))) "$PYTHON" -m benchmarks all "${measured[@]}" --skip targets \
+  --limit "$budget" ${publish[@]+"${publish[@]}"}
 
 # What every backend has to pass, on the GPU's; without one nothing is left to select.
 if [ "$DEVICE" = cuda ]; then

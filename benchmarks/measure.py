@@ -20,6 +20,10 @@ from .systems import SYSTEMS, Options, System
 from .timing import Budget, Timed, interleave, make_clock, paired_ratio
 
 OWN = ("fused", "torch.fused", "torch.foreach", "torch.loop", "torch.compile")
+PASSES = (NotAvailable, NotImplementedError, MemoryError, torch.OutOfMemoryError)
+"""What keeps a system out of a cell without being a mistake of its own."""
+COUNTABLE = 0.05
+"""Seconds on the host up to which a step's launches are counted: a hundred thousand take the profiler a minute."""
 
 
 @dataclass
@@ -121,6 +125,9 @@ def _measure_together(
         except NotAvailable as reason:
             row.status = f"not available: {reason}" if str(reason) != "not installed" else "not installed"
             continue
+        except torch.OutOfMemoryError as error:
+            row.status = f"not available: {_brief(error)}"
+            continue
         row.label, row.note = side.label, side.note
         sides.append(side)
 
@@ -137,9 +144,10 @@ def _measure_together(
     for side in sides:
         row, verdict = rows[side.system], verdicts[side.system]
         if isinstance(verdict, Exception):
-            if side.system in OWN and not isinstance(verdict, NotAvailable | NotImplementedError):
-                raise verdict
             row.status = f"not available: {_brief(verdict)}"
+            if side.system == "fused" and not isinstance(verdict, PASSES):
+                row.status = f"failed: {_brief(verdict)}"
+                session.wrong.append(f"{row.cell} {side.label}: {row.status}")
             continue
         row.error = verdict.error
         if verdict.ok:
@@ -187,10 +195,11 @@ def _fill(row: Row, session: Session, problem: Problem, side: Side, timed: Timed
         row.peak_fraction = row.gbs / session.bandwidth.theoretical
     session.note_spread(row)
     if session.device.type == "cuda":
-        row.temporary_bytes, row.launches = gpu_footprint(side, session.device)
+        countable = timed.host.median < COUNTABLE
+        row.temporary_bytes, row.launches = gpu_footprint(side, session.device, countable)
 
 
-def gpu_footprint(side: Side, device: torch.device) -> tuple[int, int | None]:
+def gpu_footprint(side: Side, device: torch.device, countable: bool = True) -> tuple[int, int | None]:
     """Peak bytes allocated beyond what is held during one step, and the number of kernels and copies it launches."""
     if side.prepare:
         side.prepare()
@@ -200,6 +209,8 @@ def gpu_footprint(side: Side, device: torch.device) -> tuple[int, int | None]:
     side.step()
     torch.cuda.synchronize(device)
     peak = int(torch.cuda.max_memory_allocated(device)) - int(before)
+    if not countable:
+        return peak, None
     if side.prepare:
         side.prepare()
     torch.cuda.synchronize(device)

@@ -292,6 +292,49 @@ def test_every_command_that_times_refuses_what_is_wrong(
     assert "WRONG RESULT, not timed" in output, output
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nfor it"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_one_cell_that_fails_does_not_take_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_bandwidth: None, error: Exception
+) -> None:
+    make = SYSTEMS["fused"].build
+
+    def build(case: Case, problem: Problem, options: Options) -> Side:
+        side = make(case, problem, options)
+        if problem.profile.name == "3x64":
+
+            def explode() -> None:
+                raise error
+
+            side.step = explode
+        return side
+
+    monkeypatch.setitem(SYSTEMS, "fused", System("fused", "planted", build))
+    arguments = ["step", "--opt", "adamw", "--shape", "3x64,3x65", "--vs", "torch.loop", "--seconds", "0.01"]
+    lost = isinstance(error, torch.OutOfMemoryError)  # room for it is no question of right and wrong
+    assert main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == (0 if lost else 1)
+    rows = {(row["profile"], row["system"]): row for row in Result.load(tmp_path / "step.json").rows}
+    assert rows["3x64", "fused"]["status"].startswith("not available" if lost else "failed: RuntimeError: no kernel")
+    assert all(rows[key]["status"] == "ok" for key in rows if key != ("3x64", "fused"))
+    monkeypatch.setattr(goals, "cpu_goals", lambda: [goals._best_torch("adamw", "3x64", 0.0)])
+    assert main(["targets", "--device", "cpu", "--seconds", "0.01", "--out", str(tmp_path)]) == (0 if lost else 1)
+
+
+def test_a_command_that_breaks_off_keeps_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_bandwidth: None
+) -> None:
+    from benchmarks.commands import step
+
+    def show(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(step, "show_rows", show)
+    arguments = ["step", "--opt", "adamw", "--shape", "3x64", "--vs", "none", "--seconds", "0.01", "--device", "cpu"]
+    with pytest.raises(RuntimeError, match="gone"):
+        main([*arguments, "--out", str(tmp_path)])
+    kept = Result.load(tmp_path / "step.json")
+    assert len(kept.rows) == 1 and "broken off by RuntimeError" in kept.warnings
+
+
 def test_a_wrong_result_gives_no_number_and_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_bandwidth: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,8 +101,8 @@ def test_every_stage_is_run_and_kept(stage: Stage) -> None:
     assert code == 0, output
     lines = [line.split()[1].rstrip(":") for line in stage.summary.splitlines() if line.startswith("===")]
     assert lines == [
-        *("build", "info", "tests-gpu", "benchmarks", "tests-backends", "benchmarks-triton", "sanitizer-memcheck"),
-        "sanitizer-racecheck",
+        *("build", "info", "tests-gpu", "targets", "benchmarks", "tests-backends", "benchmarks-triton"),
+        *("sanitizer-memcheck", "sanitizer-racecheck"),
     ]
     assert "everything passed" in output
     assert {"build.log", "tests-gpu.log", "summary.txt", "step.json"} <= stage.archived()
@@ -155,14 +155,14 @@ def test_pytest_cut_off_can_say_what_has_failed(stage: Stage) -> None:
 
 
 def test_stages_can_be_left_out(stage: Stage) -> None:
-    code, _ = stage.run(SKIP="build benchmarks sanitizer", PUBLISH="0")
+    code, _ = stage.run(SKIP="build targets benchmarks sanitizer", PUBLISH="0")
     assert code == 0
     assert not [line for line in stage.calls if "-m pip" in line or "-m benchmarks" in line]
     assert "=== benchmarks-triton: skipped" in stage.summary
 
 
 def test_told_to_end_it_keeps_what_there_is(stage: Stage) -> None:
-    process = stage.start(HANGS="benchmarks")
+    process = stage.start(HANGS="benchmarks", SKIP="targets")
     log = stage.folder / "out" / "benchmarks.log"
     for _ in range(600):
         if log.exists() and "output of benchmarks" in log.read_text():

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
                 progress(f"{case} {profile.name}")
                 try:
                     rows += run_.keep(measure_pipeline(run_, case, Problem(profile, precision, run_.device)))
-                except (NotAvailable, MemoryError) as reason:
+                except (NotAvailable, MemoryError, torch.OutOfMemoryError) as reason:
                     warn(f"{case} {profile.name}: {reason}")
             show_rows(run_.heading(f"unscale + clip + {case.cls}, {precision.name}"), rows, CAPTION)
     return run_.exit_code

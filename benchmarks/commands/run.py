@@ -80,6 +80,9 @@ class Run:
         self.alone()
         self.watch.__exit__()
         if kind is not None and not broken_off:
+            if issubclass(kind, Exception) and (self.rows or self.records):
+                self.session.warnings.append(f"broken off by {kind.__name__}")
+                self.save()
             return False
         if broken_off:
             self.session.warnings.append("broken off by the time limit")

@@ -10,10 +10,12 @@ import argparse
 import time
 from typing import Any
 
+import torch
+
 from ..goals import Goal
 from ..load import company
 from ..problem import NotAvailable
-from ..report import Progress, number, say, show_table
+from ..report import Progress, number, say, show_table, warn
 from .arguments import add_beside, add_run_arguments
 from .run import Run
 
@@ -37,8 +39,11 @@ def measure(goal: Goal, run_: Run) -> tuple[float | None, str, str]:
             raise NotAvailable("time limit")
         value, how = goal.measure(run_)
         verdict = "met" if goal.met(value) else "MISSED"
-    except (NotAvailable, MemoryError, ImportError) as reason:
-        verdict, how = "not available", str(reason)
+    except (NotAvailable, MemoryError, ImportError, torch.OutOfMemoryError) as reason:
+        verdict, how = "not available", str(reason).partition("\n")[0]
+    except RuntimeError as error:  # one goal's failure must not take the others
+        verdict, how = "FAILED", f"{type(error).__name__}: {error}".partition("\n")[0]
+        warn(f"{goal.text}: {how}")
     if len(run_.session.wrong) > wrong:
         verdict = "WRONG"
     return value, verdict, how
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if run_.beside:
             columns += [company(run_.beside), "", "how"]
         show_table("Goals", columns, [cells_of(r, run_.beside) for r in records])
-        missed = sum(r["verdict"] in ("MISSED", "WRONG") for r in records)
+        missed = sum(r["verdict"] in ("MISSED", "WRONG", "FAILED") for r in records)
         met = sum(r["verdict"] == "met" for r in records)
         say(f"{met} met, {missed} missed, {len(records) - met - missed} not available")
     return 1 if missed else run_.exit_code
