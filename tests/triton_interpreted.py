@@ -15,6 +15,8 @@ from cases import CASES
 
 import fused
 from fused import formats
+from fused.backends import table
+from fused.backends import triton as triton_backend
 from fused.backends.triton import formats as block_formats
 
 # a base of zero has the logarithm it should have
@@ -216,3 +218,53 @@ def test_8bit_blocks_are_those_of_the_specification(signed):
         assert torch.equal(scales, expected_scales)
         expected = formats.decode_blocks8(codes, scales, signed)
         assert torch.equal(decoded.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("make", [fused.AdamW, fused.Adafactor])
+def test_what_a_graph_has_seen_is_never_written_to_again(make, monkeypatch):
+    """A capture is pretended: its launches run at once, and what it uploads is taken away, as if it had not."""
+    capturing = [False]
+    for module in (triton_backend, table):
+        monkeypatch.setattr(module, "capturing", lambda device: capturing[0])
+    results = []
+    for backend in ("triton", "cpu"):
+        params = oracle.make_params([(40, 70), (3, 8), (1500,)], torch.float32, CPU)
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        optimizer = make(params, lr=0.01, max_grad_norm=1.0, backend=backend)
+        kept = []
+        for step, in_graph in enumerate((False, True, False, True, True, False, False)):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            if step == 5:
+                params[1].grad = None
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 + step)
+            optimizer.max_grad_norm = 1.0 + step
+            capturing[0] = in_graph and backend == "triton"
+            optimizer.step()
+            if backend == "triton":
+                (batch,) = optimizer._plan.batches
+                assert all(torch.equal(tensor, before) for tensor, before in kept)
+                if in_graph:
+                    tables = [getattr(batch, name) for name in ("rows", "groups", "scalars")]
+                    tables += [launch.starts for launch in batch.launches] + [batch.counters, batch.partials]
+                    for tensor in tables:
+                        tensor.fill_(77)
+                    kept += [(tensor, tensor.clone()) for tensor in tables]
+        results.append([p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_state_is_not_made_in_a_graph(monkeypatch):
+    monkeypatch.setattr(table, "capturing", lambda device: True)
+    monkeypatch.setattr(triton_backend, "capturing", lambda device: True)
+    params = oracle.make_params([(5,)], torch.float32, CPU)
+    params[0].grad = torch.ones(5)
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"has no state yet.*step once before capturing"):
+        fused.AdamW(params, lr=0.1, backend="triton").step()
+    assert torch.equal(params[0].detach(), before)
+    fused.SGD(params, lr=0.1, backend="triton").step()  # keeps none
+    assert torch.equal(params[0].detach(), before - 0.1)

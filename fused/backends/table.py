@@ -59,6 +59,7 @@ class TableBatch:
             self.write_back.clear()
             for index in attention:
                 self._check(index)
+            self._check_capture(attention)
             for index in attention:
                 self._bind(index)
         try:
@@ -84,6 +85,20 @@ class TableBatch:
         """Raises where a row cannot be stepped, before anything is changed."""
         g, i, param = self.members[index]
         check_row(self.optimizer, self.optimizer.param_groups[g], i, param)
+
+    def _check_capture(self, indices: Sequence[int]) -> None:
+        """Raises where a graph would make state: anew, that is, whenever it is replayed."""
+        if not capturing(self.device):
+            return
+        for index in indices:
+            g, _, param = self.members[index]
+            group, rule = self.optimizer.param_groups[g], self.rules[g]
+            keeps = bool(rule.states) or self.optimizer._counts_steps(group) or Storage.of(group).master_weights
+            if param.grad is not None and keeps and not self.optimizer.state.get(param):
+                raise RuntimeError(
+                    f"{self._name(index)} has no state yet, which a CUDA graph would make anew at every replay: "
+                    "step once before capturing"
+                )
 
     def _bind(self, index: int) -> None:
         """Describes one row to the table, initializing state where there is none."""
@@ -169,6 +184,11 @@ class TableBatch:
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
         raise NotImplementedError
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:

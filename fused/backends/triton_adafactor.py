@@ -118,6 +118,8 @@ class Launch(triton.Launch):
 class Batch(FactoredBatch, triton.Batch):
     """Parameters on one GPU."""
 
+    tables = (*triton.Batch.tables, "shapes", "sums", "arrivals")
+
     def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
         super().__init__(optimizer, device, indices)
         self.factored = Shapes(len(self.members))
@@ -128,11 +130,17 @@ class Batch(FactoredBatch, triton.Batch):
 
     # ---- tables ----
 
+    def _forget(self) -> None:
+        super()._forget()
+        self.live_shapes.zero_()
+        self._make_room("sums", 0)
+        self._make_room("arrivals", 0)
+
     def _upload_rows(self) -> None:
         super()._upload_rows()
         if not torch.equal(self.factored.words, self.live_shapes):
             self.live_shapes = self.factored.words.clone()
-            self._to_device(self.shapes, self.live_shapes)
+            self._upload("shapes", self.live_shapes)
 
     def _divide(self, words: Tensor, classes: dict[triton.Formats, list[int]]) -> None:
         """Lists the work of every launch, and finds places for the sums."""
@@ -149,10 +157,8 @@ class Batch(FactoredBatch, triton.Batch):
                 places.append((index, starts, arrivals))
                 sums, arrivals = sums + sum(sizes), arrivals + counters
         if self.sums.numel() < sums or self.arrivals.numel() < arrivals:
-            if self.captured:
-                self.retired.append((self.sums, self.arrivals))
-            self.sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
-            self.arrivals = torch.zeros(arrivals, dtype=torch.int32, device=self.device)
+            self._make_room("sums", sums)
+            self._make_room("arrivals", arrivals)
         for index, starts, counter in places:
             tiling = tilings[index]
             addresses = [self.sums.data_ptr() + _WORD * start for start in starts]

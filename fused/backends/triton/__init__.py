@@ -21,7 +21,7 @@ from torch import Tensor
 from ...plan import Control
 from ...precision import FORMAT_OF_DTYPE, Format, Storage
 from ...rules import Rule
-from ..table import TableBatch
+from ..table import TableBatch, capturing
 from . import adafactor, kernels
 from .launch import Launcher
 from .rules import RULES as FUNCTIONS
@@ -67,7 +67,12 @@ class Launch:
 
 
 class Batch(TableBatch):
-    """Parameters on one GPU."""
+    """Parameters on one GPU.
+
+    A graph reads tables in every replay. What it has seen is never written to again: later steps use other tables.
+    """
+
+    tables: tuple[str, ...] = ("rows", "groups", "scalars", "launches", "members_of_rule", "partials", "counters")
 
     def __init__(self, optimizer: FusedOptimizer, device: torch.device, indices: list[int]) -> None:
         super().__init__(optimizer, device, indices)
@@ -94,8 +99,9 @@ class Batch(TableBatch):
         self.members_of_rule: dict[str, Tensor] = {}
         self.prologues: dict[tuple[str, int], Launcher] = {}
         self.ahead = False
-        self.captured = False
-        self.retired: list[Any] = []
+        self.seen: set[str] = set()  # attributes of which a graph reads what they hold now
+        self.fleeting = False  # something was uploaded by a graph: it is there in the graph's replays only
+        self.retired: list[Any] = []  # what graphs read
 
     # ---- tables ----
 
@@ -103,20 +109,46 @@ class Batch(TableBatch):
         """Brings the tables up to date, the device's too; see :class:`fused.plan.Batch`."""
         if not super().refresh():
             return False
+        if self.fleeting:
+            self._forget()
         if self.table.generation != self.generation:
             self.generation = self.table.generation
             self._upload_rows()
         self._upload_groups()
         return True
 
+    def _forget(self) -> None:
+        """Has everything uploaded again, to other places."""
+        self.fleeting = False
+        self.generation, self.divided, self.live_groups, self.live_scalars = -1, None, b"", None
+        self._make_room("partials", 0)
+        self._make_room("counters", len(self.counters))
+
+    def _replace(self, name: str, value: Any) -> None:
+        """What a graph reads stays as it is, for as long as the optimizer lives."""
+        if name in self.seen:
+            self.retired.append(getattr(self, name))
+            self.seen.discard(name)
+        setattr(self, name, value)
+
+    def _make_room(self, name: str, count: int) -> None:
+        """A new tensor of zeros."""
+        self._replace(name, torch.zeros(count, dtype=getattr(self, name).dtype, device=self.device))
+
+    def _upload(self, name: str, values: Tensor) -> None:
+        """Into a table: the one that is there, unless a graph reads that."""
+        if name in self.seen or capturing(self.device):
+            self._replace(name, torch.empty_like(getattr(self, name)))
+        self._to_device(getattr(self, name), values)
+
     def _to_device(self, target: Tensor, values: Tensor) -> None:
         """Copies without waiting, from a new pinned copy each time: a captured graph reads it on every replay."""
+        in_graph = capturing(self.device)
+        self.fleeting |= in_graph
         if target.is_cuda and values.numel():
             values = values.pin_memory()
-            self.optimizer.__dict__.setdefault("_pinned", []).append(values)
-            if not torch.cuda.is_current_stream_capturing():
-                # torch's pinned allocator keeps a block until the copy from it has run
-                self.optimizer.__dict__["_pinned"].pop()
+            if in_graph:  # elsewhere torch's pinned allocator keeps a block until the copy from it has run
+                self.optimizer.__dict__.setdefault("_pinned", []).append(values)
         target.copy_(values.view(target.shape), non_blocking=True)
 
     def _on_device(self, values: Tensor) -> Tensor:
@@ -130,14 +162,12 @@ class Batch(TableBatch):
         count = len(self.members)
         words = torch.frombuffer(raw, dtype=torch.int64).view(count, ROW_WORDS)
         tags = torch.frombuffer(raw, dtype=torch.uint8).view(count, ROW_WORDS * 8)[:, _BYTES : _BYTES + _TAGS]
-        self._to_device(self.rows, words)
+        self._upload("rows", words)
         active = words[:, 1] != 0
         flags = torch.stack((active, aligned(words)), 1).to(torch.int64)
         divided = torch.cat((flags, words[:, 12:14], tags.to(torch.int64)), 1)
         if self.divided is None or not torch.equal(divided, self.divided):
             self.divided = divided
-            if self.captured:
-                self.retired.append((self.launches, self.members_of_rule, self.partials))
             self.row_values.zero_()  # of a row that lost its gradient nothing may stay
             self._divide(words, self._classes(active.tolist(), tags.tolist()))
 
@@ -153,17 +183,16 @@ class Batch(TableBatch):
 
     def _divide(self, words: Tensor, classes: dict[Formats, list[int]]) -> None:
         """Lists the work of every launch."""
-        self.launches = [self._launch(formats, words, indices) for formats, indices in classes.items()]
+        self._replace("launches", [self._launch(formats, words, indices) for formats, indices in classes.items()])
         by_rule: dict[str, list[int]] = {}
         for formats, indices in classes.items():
             by_rule.setdefault(formats.rule, []).extend(indices)
-        self.members_of_rule = {
-            name: self._on_device(torch.tensor(indices, dtype=torch.int64)) for name, indices in by_rule.items()
-        }
+        members = {name: self._on_device(torch.tensor(indices, dtype=torch.int64)) for name, indices in by_rule.items()}
+        self._replace("members_of_rule", members)
         chunks = sum(launch.rows.numel() for launch in self.launches)
         self.live_rows = sum(int(words[index, 12]) > 0 for indices in classes.values() for index in indices)
         if self.partials.numel() < 2 * chunks:
-            self.partials = torch.zeros(2 * chunks, dtype=torch.float64, device=self.device)
+            self._make_room("partials", 2 * chunks)
 
     def _launch(self, formats: Formats, words: Tensor, indices: list[int]) -> Launch:
         members = torch.tensor(indices, dtype=torch.int64)
@@ -181,7 +210,7 @@ class Batch(TableBatch):
         raw = self.table.group_bytes()
         if raw != self.live_groups:
             self.live_groups = raw
-            self._to_device(self.groups, torch.frombuffer(bytearray(raw), dtype=torch.int64))
+            self._upload("groups", torch.frombuffer(bytearray(raw), dtype=torch.int64))
 
     # ---- the step ----
 
@@ -256,11 +285,11 @@ class Batch(TableBatch):
     def update(self, control: Control) -> None:
         """The optimizer step; see :class:`fused.plan.Batch`."""
         with self._current():
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                # A graph reads these tables whenever it is replayed: they live as long as the optimizer.
-                self.captured = True
-                self.optimizer.__dict__.setdefault("_captured_tables", set()).add(self)
             self._launch_all(control)
+        if capturing(self.device):
+            # A graph reads these tables whenever it is replayed: they live as long as the optimizer.
+            self.seen.update(self.tables)
+            self.optimizer.__dict__.setdefault("_captured_tables", set()).add(self)
         self._finish()
 
     def _launch_all(self, control: Control) -> None:
@@ -276,7 +305,7 @@ class Batch(TableBatch):
         scalars = (control.grad_multiplier, -1.0 if control.max_norm is None else control.max_norm)
         if scalars != self.live_scalars:
             self.live_scalars = scalars
-            self._to_device(self.scalars, torch.tensor(scalars, dtype=torch.float64))
+            self._upload("scalars", torch.tensor(scalars, dtype=torch.float64))
 
     def _pointers(self, control: Control) -> tuple[int, list[Tensor]]:
         """What a step's control asks for, as bits, and the tensors it names, in the order of the kernels' arguments."""
