@@ -457,6 +457,34 @@ def test_a_captured_step_keeps_its_own_tables(served: CudaOnCpu) -> None:
     assert_same(everything(optimizer), everything(reference))
 
 
+@pytest.mark.parametrize("make", [fused.AdamW, fused.Adafactor])
+def test_tables_find_room_in_what_torch_keeps(make: Any, served: CudaOnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that torch holds for later is asked for before a step fails; one that fails changes nothing."""
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+
+    def stepped(refusals: int) -> list[Tensor]:
+        params = make_params((100, 9000), F32)
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        optimizer = make(params, lr=0.01, max_grad_norm=1.0)
+        before = [p.detach().clone() for p in params]
+        if refusals > 1:
+            served.refuse_memory(refusals)
+            with pytest.raises(RuntimeError, match="cudaMalloc of the tables"):
+                optimizer.step()
+            assert_same([p.detach() for p in params], before)
+        served.refuse_memory(min(refusals, 1))
+        optimizer.step()
+        return everything(optimizer)
+
+    plenty = stepped(0)
+    assert not emptied
+    assert_same(stepped(1), plenty)
+    assert_same(stepped(2), plenty)
+    assert len(emptied) == 3
+
+
 # ---- what is said where it cannot work ----
 
 

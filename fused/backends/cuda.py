@@ -19,7 +19,7 @@ from torch import Tensor
 from ..plan import Control
 from . import extension
 from .cpu import step_control
-from .table import TableBatch
+from .table import TableBatch, capturing
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -84,7 +84,13 @@ class Batch(TableBatch):
         if self.rows_seen != self.table.active_generation:
             self.row_values.zero_()  # of a row that lost its gradient nothing may stay
             self.rows_seen = self.table.active_generation
-        self._begin(changed)
+        try:
+            self._begin(changed)
+        except RuntimeError as error:
+            if "cudaErrorMemoryAllocation" not in str(error) or capturing(self.device):
+                raise
+            torch.cuda.empty_cache()  # torch keeps what has been freed, until others ask for memory through it
+            self._begin(True)
         self.generation = self.table.generation
         if self.device_table.captured:
             # A graph reads this table whenever it is replayed: it lives as long as the optimizer, as the state does.

@@ -38,6 +38,10 @@ class CudaOnCpu:
         """Runs what was captured."""
         assert self.runtime.cuda_on_cpu_replay() == 0
 
+    def refuse_memory(self, calls: int) -> None:
+        """The next calls for memory find none."""
+        self.runtime.cuda_on_cpu_refuse_memory(calls)
+
     def serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Has every optimizer step through these kernels, unless it asks for another backend by name."""
         import fused.backends as backends

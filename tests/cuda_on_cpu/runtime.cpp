@@ -177,6 +177,7 @@ cudaStream_t captured_stream = nullptr;
 bool capturing = false;
 std::vector<std::pair<cudaLaunchConfig_t, std::function<void()>>> graph;
 int64_t launches = 0;
+int refused = 0;
 
 }  // namespace
 
@@ -238,13 +239,15 @@ EXPORT int cuda_on_cpu_replay() {
   return 0;
 }
 EXPORT int64_t cuda_on_cpu_launches() { return launches; }
+// The next calls for memory find none.
+EXPORT void cuda_on_cpu_refuse_memory(int calls) { refused = calls; }
 
 // ---- host functions ----
 
 const char* cudaGetErrorString(cudaError_t code) {
   return code == cudaErrorLaunchFailure ? error.c_str() : code == cudaSuccess ? "no error" : "invalid value";
 }
-const char* cudaGetErrorName(cudaError_t code) { return code == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaError"; }
+const char* cudaGetErrorName(cudaError_t code) { return code == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : code == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -264,6 +267,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return *attributes = {std::getenv("CUDA_ON_CPU_HOST_POINTERS") != nullptr ? cudaMemoryTypeHost : cudaMemoryTypeDevice, 0}, cudaSuccess;
 }
 cudaError_t cudaMalloc(void** address, size_t size) {
+  if (refused > 0) return --refused, cudaErrorMemoryAllocation;
   *address = std::malloc(size);
   if (*address == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*address, 0xcd, size);  // nobody may count on zeros
