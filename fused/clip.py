@@ -214,7 +214,7 @@ class Gradients:
             part = _sum(tensors, maximum)
             sharding.all_reduce(part, groups, maximum)
             total = part if total is None else _add(total, part, maximum)
-        return torch.zeros(2, dtype=torch.float64) if total is None else total
+        return torch.zeros(2, dtype=torch.float64, device="cpu") if total is None else total
 
     def _divided(self) -> list[tuple[tuple[Any, ...], list[Tensor]]]:
         """The rest, by the processes that hold the other shards, as this process's parts."""
@@ -230,7 +230,7 @@ class Gradients:
         device = parts[0].device if parts else torch.device("cpu")
         norms = [torch.linalg.vector_norm(_wide(local(grad)), norm_type).to(device) for grad in parts]
         if not norms:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         return total
 
@@ -241,7 +241,7 @@ class Gradients:
             double = double or self.rows.has_float64
         dtype = torch.float64 if double else torch.float32
         if isinstance(norm, float):
-            return torch.tensor(norm, dtype=dtype)
+            return torch.tensor(norm, dtype=dtype, device="cpu")
         return norm.to(self.first_device(), dtype)
 
     def first_device(self) -> torch.device:
@@ -263,7 +263,7 @@ class Gradients:
             if factor != 1.0:
                 self.scale_taken(factor)
         if self.rest:
-            wide = torch.as_tensor(norm)
+            wide = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
             wide = wide.to(_wide_dtype(wide.device))
             self.scale_rest((max_norm / (wide + 1e-6)).clamp(max=1.0))
 
@@ -293,10 +293,11 @@ class Gradients:
         """Multiplies all of them by ``factor`` (float32); per device, 1 where an element was not finite, else 0."""
         found: dict[torch.device, Tensor] = {}
         if self.taken:
-            found[torch.device("cpu")] = torch.tensor(float(self.scale_taken(factor.item())))
+            nonfinite = float(self.scale_taken(factor.item()))
+            found[torch.device("cpu")] = torch.tensor(nonfinite, dtype=torch.float32, device="cpu")
         for groups, tensors in self._divided():
             for (device, _), alike in _by_place(tensors).items():
-                flag = torch.zeros((), device=device)
+                flag = torch.zeros((), dtype=torch.float32, device=device)
                 torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, factor.to(device))
                 sharding.all_reduce(flag, groups, maximum=True)
                 found[device] = torch.maximum(found[device], flag) if device in found else flag
@@ -317,7 +318,7 @@ class Gradients:
 
 
 def _sum_on_cpu(rows: Any, maximum: bool) -> Tensor:
-    return torch.tensor(extension.norm_total_cpu(rows, maximum), dtype=torch.float64)
+    return torch.tensor(extension.norm_total_cpu(rows, maximum), dtype=torch.float64, device="cpu")
 
 
 def _sum(tensors: list[Tensor], maximum: bool) -> Tensor:
@@ -325,7 +326,10 @@ def _sum(tensors: list[Tensor], maximum: bool) -> Tensor:
     total: Tensor | None = None
     for (device, _), alike in _by_place(tensors).items():
         if device.type == "cpu" and extension is not None and not torch.compiler.is_compiling():
-            part = _sum_on_cpu(extension.GradientRows([tensor.contiguous() for tensor in alike], False), maximum)
+            rows = extension.GradientRows([tensor.contiguous() for tensor in alike], False)
+            part = _sum_on_cpu(rows, maximum)
+            if rows.rest:  # of classes of their own, which only torch operations know how to read
+                part = _add(part, _sum_in_torch(rows.rest, maximum), maximum)
         else:
             part = _sum_in_torch(alike, maximum)
         total = part if total is None else _add(total, part, maximum)

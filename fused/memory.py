@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .state import MASTER, REMAINDER, SCALE, local
 
@@ -55,6 +56,8 @@ def measure(optimizer: FusedOptimizer) -> Memory:
     kinds: dict[str, int] = {PARAMETERS: 0, MASTER: 0, REMAINDER: 0}
     elements = 0
     for _, _, param in optimizer._parameters():
+        if is_lazy(param):
+            continue
         elements += local(param).numel()
         kinds[PARAMETERS] += _bytes(param)
         for kind, tensor in _tensors(optimizer.state.get(param, {})):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
@@ -403,7 +404,9 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     if names is not None:
         return f"parameter '{names[index]}'"
-    return f"parameter {index} of its group (shape {tuple(group['params'][index].shape)})"
+    param = group["params"][index]
+    shape = "not initialized" if is_lazy(param) else f"shape {tuple(param.shape)}"  # a lazy module's has none yet
+    return f"parameter {index} of its group ({shape})"
 
 
 def _wrap_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Shards:
 
     def all_reduce(self, rows: Tensor, maximum: bool) -> None:
         """Makes the parts' values in ``rows`` those of the whole tensors, in one collective call per group."""
-        index = torch.tensor(self.indices).to(rows.device, non_blocking=True)
+        index = torch.tensor(self.indices, device="cpu").to(rows.device, non_blocking=True)
         values = rows.index_select(0, index)
         all_reduce(values, self.groups, maximum)
         rows.index_copy_(0, index, values)

@@ -93,7 +93,8 @@ def _step(value: Any, param: Tensor) -> Tensor:
     """A step count as the engine keeps it, whatever an older or non-capturable optimizer kept."""
     if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == param.device and value.ndim == 0:
         return value
-    return torch.as_tensor(value, dtype=torch.float32).to(param.device).reshape(())
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+    return tensor.to(param.device, torch.float32).reshape(())
 
 
 def check_state(state: dict[str, Any], rule: Rule, param: Tensor, called: str) -> None:

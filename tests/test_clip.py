@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from conftest import Backend
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as torch_clip_grad_norm_
 from torch.nn.utils import clip_grad_value_ as torch_clip_grad_value_
@@ -168,6 +169,64 @@ def test_layouts(path: str, name: str, grad: Tensor) -> None:
     torch.testing.assert_close(param.grad, before * (0.5 / (expected + 1e-6)))
     if name != "channels last":
         assert torch.equal(surrounding[untouched], (grad._base if grad._base is not None else grad)[untouched])
+
+
+class Named(torch.Tensor):
+    """A tensor of a class of its own, over memory of its own."""
+
+
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_gradients_of_other_classes_count(path: str, norm_type: float) -> None:
+    def params() -> list[torch.nn.Parameter]:
+        return [parameter(torch.full((4,), 3.0).as_subclass(Named)), parameter(torch.full((2,), -5.0))]
+
+    for number in (1, 2):  # alone, and beside an ordinary one
+        ours, theirs = params()[:number], params()[:number]
+        norm = fused.clip_grad_norm_(ours, 1.0, norm_type)
+        expected = torch_clip_grad_norm_(theirs, 1.0, norm_type)
+        assert float(norm) == pytest.approx(float(expected))
+        assert_close(grads_of(ours), grads_of(theirs))
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """New tensors are made on another device than the parameters unless a device is named."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("norm_type", [2.0, INF, 3.0])
+def test_default_device_does_not_matter(path: str, norm_type: float) -> None:
+    param = parameter(torch.full((6,), 2.0, device="cpu"))
+    sliced = parameter(torch.full((12,), 2.0, device="cpu")[::2])
+    for params in ([param], [param, sliced], []):
+        norm = fused.clip_grad_norm_(params, 1.0, norm_type)
+        assert norm.device.type == "cpu" and float(norm) >= 0.0
+    assert fused.get_total_norm([], norm_type).device.type == "cpu"
+    assert float(param.grad.abs().max()) < 1.0  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_step_does_not_ask_for_the_default_device(backend: Backend) -> None:
+    if backend.device.type != "cpu":
+        pytest.skip("the default device is another one for the CPU's tensors only")
+    p = parameter(torch.ones(5, device="cpu"), torch.ones(5, device="cpu"))
+    optimizer = fused.AdamW([p], max_grad_norm=1.0, skip_nonfinite=True, backend=backend.name)
+    scaler = fused.GradScaler("cpu", init_scale=4.0)
+    for unscale in (False, True):
+        scaler.scale(p.sum()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.state[p]["step"] == 2
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = 7  # as older versions of torch kept it
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 8 and optimizer.grad_norm is not None
 
 
 def test_complex_gradients(path: str) -> None:

@@ -176,6 +176,20 @@ def test_a_live_option_that_is_no_number_is_named() -> None:
 
 
 @each_case
+def test_lazy_parameters_are_stepped_once_they_are_there(case: Case, backend: Backend) -> None:
+    if case.optimizer is fused.Adagrad:
+        pytest.skip("it makes its state in the constructor, as torch.optim's")
+    net = torch.nn.LazyLinear(3, device=backend.device)
+    optimizer = case.make(net.parameters(), backend=backend.name)
+    optimizer.step()  # nothing to do, as torch.optim
+    assert optimizer.memory().total == 0
+    net(torch.ones(2, 4, device=backend.device)).sum().backward()
+    before = net.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(net.weight, before)
+
+
+@each_case
 def test_parameters_are_checked(case: Case) -> None:
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="empty parameter list"):

@@ -17,7 +17,7 @@ class Batch(TableBatch):
 
     def reduce(self, norm_type: float) -> Tensor:
         """One read of the gradients; see :class:`fused.plan.Batch`."""
-        total = torch.empty(2, dtype=torch.float64)
+        total = torch.empty(2, dtype=torch.float64, device=self.device)
         extension.reduce_cpu(self.table, norm_type == float("inf"), self.row_values.data_ptr(), total.data_ptr())
         return total
 
