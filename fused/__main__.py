@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import fused
 from fused import info
 from fused.demo import command as demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused", description="Fused optimizers for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"fused-optim {info.version()}")
+    parser.add_argument("--version", action="version", version=f"fused-optim {fused.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="{info,demo}")
 
     info_parser = commands.add_parser(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fused
-from fused import sources
+from fused import backends, sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,17 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def version() -> str:
-    """The installed distribution's version, or that of the source tree."""
-    try:
-        return importlib.metadata.version("fused-optim")
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(fused, "__version__", "not installed"))
-
-
 def versions() -> dict[str, str | None]:
+    """Versions of the package and of what it stands on; None for what is not installed."""
     return {
-        "fused": version(),
+        "fused": fused.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "triton": _installed_version("triton") or _installed_version("pytorch-triton"),
@@ -69,7 +62,6 @@ def machine() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything ``info`` shows, ready for JSON."""
-    backends = importlib.import_module("fused.backends")
     return {
         "versions": versions(),
         "location": str(Path(str(fused.__file__)).parent),
@@ -96,18 +88,12 @@ def build_facts() -> dict[str, Any] | None:
 
 def instruction_set() -> str | None:
     """The instruction set that the compiled CPU kernels run with; None without them."""
-    try:
-        return str(importlib.import_module("fused._C").isa())
-    except (ImportError, AttributeError):
-        return None
+    return None if backends.extension is None else str(backends.extension.isa())
 
 
 def tensor_interface() -> str | None:
-    """How the extension reads tensors' addresses: torch's stable ABI, or DLPack; None without the extension."""
-    try:
-        return str(importlib.import_module("fused._C").tensor_interface())
-    except (ImportError, AttributeError):
-        return None
+    """How the extension reads tensors: torch's objects, its stable ABI, or DLPack; None without the extension."""
+    return None if backends.extension is None else str(backends.extension.tensor_interface())
 
 
 _PLAIN_TYPES = (str, int, float, bool, type(None), list, tuple, dict)

@@ -183,7 +183,7 @@ def _runs(
             model,
             optimizer,
             schedule(optimizer),
-            scaler=_scaler(device) if arguments.precision == "fp16" else None,
+            scaler=fused.GradScaler(device.type) if arguments.precision == "fp16" else None,
             inject_overflow_every=arguments.inject_overflow,
         )
     )
@@ -203,13 +203,6 @@ def _fused_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.inject_overflow and arguments.precision != "fp16":
         options["skip_nonfinite"] = True  # with fp16 the scaler skips
     return options
-
-
-def _scaler(device: torch.device) -> torch.amp.GradScaler:
-    scaler_class: Callable[..., torch.amp.GradScaler] | None = getattr(fused, "GradScaler", None)
-    if scaler_class is None:
-        raise UnavailableError("--precision fp16 needs fused.GradScaler, which the installed fused does not have yet")
-    return scaler_class(device=device.type)
 
 
 def _result(run: Run, corpus: text.Corpus, size: Size) -> report.RunResult:

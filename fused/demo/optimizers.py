@@ -14,7 +14,7 @@ import fused
 
 
 class UnavailableError(RuntimeError):
-    """The installed version of fused, torch or the hardware lacks something that was asked for."""
+    """The package, torch or the hardware lacks something that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,16 @@ class PlainLion(torch.optim.Optimizer):
 
 def parameter_groups(recipe: Recipe, model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """The usual two groups: matrices decay, norms and biases do not. torch's optimizers take them as well."""
-    return list(fused.param_groups(model, lr=lr, weight_decay=recipe.weight_decay))
+    return fused.param_groups(model, lr=lr, weight_decay=recipe.weight_decay)
 
 
 def fused_optimizer(recipe: Recipe, model: nn.Module, lr: float, extra: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The package's optimizer for ``model``; ``extra`` holds its own options, such as ``master_weights``."""
-    optimizer_class: Callable[..., torch.optim.Optimizer] | None = getattr(fused, recipe.name, None)
-    if optimizer_class is None:
-        raise UnavailableError(f"the installed fused ({fused.__version__}) has no {recipe.name}")
+    optimizer_class: Callable[..., torch.optim.Optimizer] = getattr(fused, recipe.name)
     groups = parameter_groups(recipe, model, lr)
     try:
         return optimizer_class(groups, lr=lr, **recipe.options, **extra)
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except ValueError as error:  # formats that do not go together
         asked_for = ", ".join(f"{name}={value}" for name, value in extra.items())
         raise UnavailableError(f"fused.{recipe.name} with {asked_for or 'its defaults'}: {error}") from error
 
