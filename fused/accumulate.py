@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_flag
 from .backends import extension
 from .clip import Gradients
 from .optimizer import FusedOptimizer, parameter_name
@@ -64,6 +65,8 @@ class GradientAccumulator:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Invalid dtype value: {dtype}. Use torch.float32 or torch.float64")
+        check_flag("average", average)
+        check_flag("hooks", hooks)
         self.dtype = dtype
         self.average = average
         self.names: list[str] = []

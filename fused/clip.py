@@ -54,6 +54,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: a gradient is sparse, or the norm is not finite and ``error_if_nonfinite`` is set.
+        TypeError, ValueError: an argument is no number; the message has its name and value.
 
     Example:
         >>> loss.backward()
@@ -63,6 +64,7 @@ def clip_grad_norm_(
     Reference:
         Pascanu et al., "On the difficulty of training recurrent neural networks", arXiv:1211.5063, Algorithm 1.
     """
+    max_norm = _number("max_norm", max_norm)
     grads = Gradients(_as_list(parameters), of_params=True)
     norm = grads.norm(norm_type, error_if_nonfinite)
     grads.clip(norm, max_norm)
@@ -92,6 +94,7 @@ def get_total_norm(
 
     Raises:
         RuntimeError: a tensor is sparse, or the norm is not finite and ``error_if_nonfinite`` is set.
+        TypeError, ValueError: ``norm_type`` is no number; the message has its value.
 
     Example:
         >>> norm = fused.get_total_norm([p.grad for p in model.parameters()])
@@ -117,11 +120,15 @@ def clip_grads_with_norm_(
 
     Raises:
         RuntimeError: a gradient is sparse.
+        TypeError, ValueError: an argument is no number; the message has its name and value.
 
     Example:
         >>> norm = fused.get_total_norm([p.grad for p in model.parameters()])
         >>> fused.clip_grads_with_norm_(model.parameters(), 1.0, norm)
     """
+    max_norm = _number("max_norm", max_norm)
+    if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+        raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(total_norm.shape)}")
     whole = getattr(total_norm, "full_tensor", None)
     Gradients(_as_list(parameters), of_params=True).clip(total_norm if whole is None else whole(), max_norm)
 
@@ -143,11 +150,21 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
 
     Raises:
         RuntimeError: a gradient is sparse or complex.
+        TypeError, ValueError: ``clip_value`` is no number; the message has its value.
 
     Example:
         >>> fused.clip_grad_value_(model.parameters(), 0.5)
     """
-    Gradients(_as_list(parameters), of_params=True).clamp(float(clip_value))
+    clip_value = _number("clip_value", clip_value)
+    Gradients(_as_list(parameters), of_params=True).clamp(clip_value)
+
+
+def _number(name: str, value: Any) -> float:
+    """What torch's functions take for a number: strings that say one too, as "inf"."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
 
 
 def _as_list(tensors: Tensors) -> list[Tensor]:
@@ -189,7 +206,7 @@ class Gradients:
 
     def norm(self, norm_type: float, error_if_nonfinite: bool = False) -> float | Tensor:
         """In float64: a number where nothing but CPU kernels take part, else on the device of a gradient."""
-        norm_type = float(norm_type)
+        norm_type = _number("norm_type", norm_type)
         maximum = norm_type == float("inf")
         if norm_type not in (2.0, float("inf")) or (maximum and any(g.is_complex() for g in [*self.taken, *self.rest])):
             norm: float | Tensor = self._norm_of_order(norm_type)
@@ -255,7 +272,7 @@ class Gradients:
     # ---- in place ----
 
     def clip(self, norm: float | Tensor, max_norm: float) -> None:
-        max_norm = float(max_norm)
+        """Scales all of them by what takes ``norm`` to at most ``max_norm``."""
         if max_norm == float("inf"):
             return
         if self.taken:
@@ -281,6 +298,7 @@ class Gradients:
         return nonfinite
 
     def scale_rest(self, factor: Tensor) -> None:
+        """Multiplies the rest."""
         for (device, dtype), tensors in _by_place(self.rest).items():
             there = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
             if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
@@ -304,6 +322,7 @@ class Gradients:
         return found
 
     def clamp(self, limit: float) -> None:
+        """Brings every element into ``[-limit, limit]``."""
         for grad in [*self.taken, *self.rest]:
             if grad.is_complex():
                 raise RuntimeError(f"{_called(grad)} is {grad.dtype}: complex numbers have no order")

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import check_number
+
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|resblocks|encoder_layers)\.(\d+)\.")
 _STEM = re.compile(
     r"(?:^|\.)(?:wte|wpe|embed\w*|\w*_embed(?:ding|dings|_tokens|_positions)?|tok_embeddings|cls_token|pos_emb\w*|mask_token)(?:\.|$)"
@@ -50,8 +52,12 @@ def param_groups(
     Reference:
         Layer-wise decay: Howard and Ruder, arXiv:1801.06146, section 3.2; Bao et al., arXiv:2106.08254, appendix.
     """
-    if layer_decay is not None and not 0.0 < layer_decay <= 1.0:
-        raise ValueError(f"Invalid layer_decay value: {layer_decay}")
+    check_number("lr", lr)
+    check_number("weight_decay", weight_decay)
+    if layer_decay is not None:
+        check_number("layer_decay", layer_decay)
+        if not 0.0 < layer_decay <= 1.0:
+            raise ValueError(f"Invalid layer_decay value: {layer_decay}. Use one in (0, 1]")
     named_exempt: Any = getattr(model, "no_weight_decay", None)
     exempt = set(named_exempt()) if callable(named_exempt) else set()
     normalized = {

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 KEPT_OPTIONS = ("master_weights", "state_dtype")
 """Options of a live group that a loaded ``state_dict`` does not replace: what was saved is converted instead."""
 
+FLAGS = (
+    "amsgrad", "capturable", "centered", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
+    "nesterov", "relative_step", "scale_parameter", "warmup_init",
+)  # fmt: skip
+"""Options of the rules that are true or false; None is false."""
+
 OPTIMIZER_OPTIONS = ("seed", "max_grad_norm", "norm_type", "skip_nonfinite", "amp_scaling", "backend")
 """Options of the engine that hold for the whole optimizer."""
 
@@ -106,6 +112,7 @@ class FusedOptimizer(Optimizer):
         check_number("norm_type", norm_type)
         check_number("seed", seed)
         for name, value in (
+            *((name, defaults[name]) for name in FLAGS if name in defaults),
             ("stochastic_rounding", stochastic_rounding),
             ("skip_nonfinite", skip_nonfinite),
             ("amp_scaling", amp_scaling),

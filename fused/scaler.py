@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
+from .arguments import check_flag, check_number
 from .clip import Gradients
 from .optimizer import FusedOptimizer
 
@@ -53,6 +54,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Raises:
         ValueError: an argument is out of range; the message has its name and value.
+        TypeError: an argument is no number.
 
     Example:
         >>> optimizer = fused.AdamW(model.parameters(), max_grad_norm=1.0)
@@ -80,15 +82,20 @@ class GradScaler(torch.amp.GradScaler):
         max_scale: float | None = None,
         hysteresis: int = 1,
     ) -> None:
+        check_flag("enabled", enabled)
         for name, value in (("init_scale", init_scale), ("min_scale", min_scale), ("max_scale", max_scale)):
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"Invalid {name} value: {value}. Use a finite number above 0")
+            if value is not None:
+                check_number(name, value)
+                if not 0.0 < value < float("inf"):
+                    raise ValueError(f"Invalid {name} value: {value}. Use a finite number above 0")
+        _check_factor("growth_factor", growth_factor, 1.0, float("inf"))
+        _check_factor("backoff_factor", backoff_factor, 0.0, 1.0)
         if min_scale is not None and max_scale is not None and min_scale > max_scale:
             raise ValueError(f"Invalid min_scale value: {min_scale}. It exceeds max_scale={max_scale}")
         if not (min_scale or 0.0) <= init_scale <= (max_scale or float("inf")):
             raise ValueError(f"Invalid init_scale value: {init_scale}. Use one in [{min_scale}, {max_scale}]")
-        if growth_interval is not None and growth_interval < 1:
-            raise ValueError(f"Invalid growth_interval value: {growth_interval}. Use at least 1, or None")
+        _check_interval("growth_interval", growth_interval)
+        check_number("hysteresis", hysteresis)
         if hysteresis < 1:
             raise ValueError(f"Invalid hysteresis value: {hysteresis}. Use at least 1")
         if device is None:
@@ -205,7 +212,11 @@ class GradScaler(torch.amp.GradScaler):
 
         Args:
             new_interval: at least 1; None fixes the scale.
+
+        Raises:
+            ValueError: ``new_interval`` is below 1.
         """
+        _check_interval("new_interval", new_interval)
         self._growth_interval = new_interval
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,6 +257,19 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled:
             state["_init_patience"], state["_patience"] = self._get_patience(), None
         return state
+
+
+def _check_factor(name: str, value: float, above: float, below: float) -> None:
+    check_number(name, value)
+    if not above < value < below:
+        raise ValueError(f"Invalid {name} value: {value}. Use one between {above:g} and {below:g}")
+
+
+def _check_interval(name: str, value: int | None) -> None:
+    if value is not None:
+        check_number(name, value)
+        if value < 1:
+            raise ValueError(f"Invalid {name} value: {value}. Use at least 1, or None")
 
 
 def _combined(flags: list[Tensor], scale: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .arguments import check_number
 from .optimizer import EngineOptions, FusedOptimizer
 from .rules import RULES, Rule
 from .validation import check_implementation, check_lr, check_nonnegative
@@ -69,6 +70,7 @@ class SGD(FusedOptimizer):
         **options: Unpack[EngineOptions],
     ) -> None:
         check_lr(lr)
+        check_number("dampening", dampening)
         check_nonnegative(momentum=momentum, weight_decay=weight_decay)  # type: ignore[arg-type]
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(

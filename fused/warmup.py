@@ -17,11 +17,14 @@ def warmup(optimizer: FusedOptimizer) -> None:
             will be used. Gradients that are not there yet are taken to have the dtype of their parameters.
 
     Raises:
+        TypeError: ``optimizer`` is not one of this package's.
         RuntimeError: the optimizer's ``backend`` is not available for a parameter.
 
     Example:
         >>> optimizer = fused.AdamW(model.parameters(), max_grad_norm=1.0)
         >>> fused.warmup(optimizer)
     """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"needs an optimizer of this package, not {type(optimizer).__name__}")
     for batch in backends.make_batches(optimizer):
         batch.compile_ahead()

@@ -210,6 +210,8 @@ def test_errors(path: str) -> None:
         accumulator.accumulate()
     with pytest.raises(ValueError, match="dtype"):
         fused.GradientAccumulator([dense], torch.bfloat16)
+    with pytest.raises(TypeError, match="average must be True or False, got 'no'"):
+        fused.GradientAccumulator([dense], average="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="SGD"):
         accumulator.attach(torch.optim.SGD([dense]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="among"):

@@ -313,6 +313,21 @@ def test_arguments_as_torch() -> None:
         fused.clip_grad_norm_([sparse], 1.0)
 
 
+def test_arguments_that_are_no_numbers_are_named() -> None:
+    param = parameter(torch.tensor([3.0, 4.0]))
+    for call, kind, message in (
+        (lambda: fused.clip_grad_norm_(param, None), TypeError, "max_norm must be a number, got None"),
+        (lambda: fused.clip_grad_norm_(param, "one"), ValueError, "max_norm must be a number, got 'one'"),
+        (lambda: fused.get_total_norm([param], "max"), ValueError, "norm_type must be a number, got 'max'"),
+        (lambda: fused.clip_grad_value_(param, None), TypeError, "clip_value must be a number, got None"),
+        (lambda: fused.clip_grads_with_norm_(param, [], torch.ones(())), TypeError, "max_norm must be a number"),
+        (lambda: fused.clip_grads_with_norm_(param, 1.0, torch.ones(2)), ValueError, r"total_norm .* shape \(2,\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+        assert param.grad.tolist() == [3.0, 4.0]
+
+
 def test_version_counter_tells_autograd(path: str) -> None:
     param = parameter(torch.full((4,), 2.0))
     version = param.grad._version

@@ -65,6 +65,9 @@ def test_groups_step():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"layer_decay value: 1\.5"):
         fused.param_groups(_Model(), lr=1.0, layer_decay=1.5)
+    for name in ("lr", "weight_decay", "layer_decay"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got '0.1'"):
+            fused.param_groups(_Model(), **{"lr": 1.0, name: "0.1"})
     with pytest.raises(ValueError, match="layer_of"):
         fused.param_groups(nn.Linear(2, 2), lr=1.0, layer_decay=0.5)
     by_kind = {"weight": 1, "bias": 0}

@@ -266,13 +266,29 @@ def test_fixed_scale() -> None:
     "arguments",
     [
         {"init_scale": 0.0}, {"init_scale": INF}, {"min_scale": -1.0}, {"min_scale": 4.0, "max_scale": 2.0},
-        {"init_scale": 2.0, "min_scale": 4.0}, {"hysteresis": 0}, {"growth_interval": 0},
+        {"init_scale": 2.0, "min_scale": 4.0}, {"hysteresis": 0}, {"growth_interval": 0}, {"growth_factor": 1.0},
+        {"backoff_factor": 1.0}, {"backoff_factor": 0.0},
     ],
 )
 def test_invalid_arguments(arguments: dict[str, Any]) -> None:
     name = next(iter(arguments))
     with pytest.raises(ValueError, match=f"Invalid {name} value: {arguments[name]}"):
         fused.GradScaler("cpu", **arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale", "hysteresis", "enabled"]
+)
+def test_arguments_of_another_kind(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be .*, got '4'"):
+        fused.GradScaler("cpu", **{name: "4"})  # type: ignore[arg-type]
+
+
+def test_a_growth_interval_that_is_none() -> None:
+    scaler = fused.GradScaler("cpu")
+    with pytest.raises(ValueError, match="new_interval value: 0"):
+        scaler.set_growth_interval(0)
+    assert scaler.get_growth_interval() == 2000
 
 
 def test_state_dict_both_ways() -> None:

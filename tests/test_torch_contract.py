@@ -134,6 +134,7 @@ def test_bad_values_are_named(case: Case, kwargs: dict[str, Any], message: str) 
         ({"stochastic_rounding": "no"}, "stochastic_rounding must be True or False, got 'no'"),
         ({"skip_nonfinite": "false"}, "skip_nonfinite must be True or False, got 'false'"),
         ({"amp_scaling": "off"}, "amp_scaling must be True or False, got 'off'"),
+        ({"maximize": "no"}, "maximize must be True or False, got 'no'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -143,13 +144,16 @@ def test_values_of_another_kind_are_named(case: Case, kwargs: dict[str, Any], me
         case.make([torch.nn.Parameter(torch.ones(2))], **kwargs)
 
 
-def test_pairs_are_named() -> None:
+def test_options_of_some_are_named() -> None:
     p = [torch.nn.Parameter(torch.ones(2))]
     for cls, kwargs, kind, message in (
         (fused.AdamW, {"betas": 0.9}, TypeError, "betas must be a pair, got 0.9"),
         (fused.Lion, {"betas": (0.9,)}, ValueError, r"betas must be a pair, got \(0.9,\)"),
         (fused.Adam, {"betas": ("0.9", "0.99")}, TypeError, r"betas\[0\] must be a number, got '0.9'"),
         (fused.Adafactor, {"eps": 1e-3}, TypeError, "eps must be a pair, got 0.001"),
+        (fused.SGD, {"momentum": 0.9, "dampening": "0.1"}, TypeError, "dampening must be a number, got '0.1'"),
+        (fused.SGD, {"momentum": 0.9, "nesterov": "no"}, TypeError, "nesterov must be True or False, got 'no'"),
+        (fused.AdamW, {"amsgrad": "no"}, TypeError, "amsgrad must be True or False, got 'no'"),
         (fused.Adafactor, {"beta1": "0.9"}, TypeError, "beta1 must be a number, got '0.9'"),
         (fused.AdamW, {"seed": 1.5}, ValueError, "Invalid seed value: 1.5"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import fused
@@ -15,3 +16,8 @@ def test_changes_nothing(backend):
     assert torch.equal(p, before)
     assert p.grad is None
     assert not optimizer.state
+
+
+def test_another_optimizer_is_named():
+    with pytest.raises(TypeError, match="not SGD"):
+        fused.warmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))  # type: ignore[arg-type]
