@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import sharding
 from .backends import extension
-from .precision import FORMAT_OF_DTYPE
+from .precision import FORMAT_OF_DTYPE, widest_float
 from .state import local, real
 
 Tensors = Tensor | Iterable[Tensor]
@@ -281,7 +281,7 @@ class Gradients:
                 self.scale_taken(factor)
         if self.rest:
             wide = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
-            wide = wide.to(_wide_dtype(wide.device))
+            wide = wide.to(widest_float(wide.device))
             self.scale_rest((max_norm / (wide + 1e-6)).clamp(max=1.0))
 
     def scale(self, factor: float) -> None:
@@ -358,7 +358,7 @@ def _sum(tensors: list[Tensor], maximum: bool) -> Tensor:
 
 def _sum_in_torch(tensors: list[Tensor], maximum: bool) -> Tensor:
     """With as many calls however many tensors: to launch a kernel takes longer than to read a small one."""
-    wide = _wide_dtype(tensors[0].device)
+    wide = widest_float(tensors[0].device)
     there = [tensor for tensor in tensors if tensor.numel() != 0]
     if not there:
         return torch.zeros(2, dtype=wide, device=tensors[0].device)
@@ -390,9 +390,5 @@ def _by_place(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], l
     return found
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else _wide_dtype(tensor.device))
+    return tensor.to(torch.complex128 if tensor.is_complex() else widest_float(tensor.device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, sharding
-from .precision import GROUP_OPTIONS, Storage
+from .precision import GROUP_OPTIONS, Storage, widest_float
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -157,9 +157,8 @@ class Plan:
     def _results(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, skipped and unscale factor: the same memory every step, as a captured graph needs it."""
         if self.results is None or self.results[0].device != device:
-            wide = torch.float32 if device.type == "mps" else torch.float64
             norm, skipped = torch.zeros(2, dtype=torch.float32, device=device).unbind()
-            self.results = norm, skipped, torch.ones((), dtype=wide, device=device)
+            self.results = norm, skipped, torch.ones((), dtype=widest_float(device), device=device)
         return self.results
 
     def _norm_total(self, norm_type: float) -> Tensor:

@@ -114,6 +114,11 @@ def _storage(master_weights: object, state_dtype: object, stochastic_rounding: o
     return Storage(parse_master_weights(master_weights), parse_state_dtype(state_dtype), bool(stochastic_rounding))
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, in which norms are summed and a step's constants derived; float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def blocks8(numel: int) -> int:
     """Number of 8-bit blocks, and so of scales, of a tensor."""
     return -(-numel // BLOCK8)

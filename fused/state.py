@@ -375,19 +375,3 @@ def _dequantize_unless(storage: Storage, param: Tensor, rule: Rule, state: dict[
                 out[part] = formats.decode_blocks8(codes[part], scale[blocks], name not in rule.nonnegative)
             state[name] = wide
 
-
-__all__ = [
-    "MASTER",
-    "REMAINDER",
-    "SCALE",
-    "Saved",
-    "adopt",
-    "blocks8",
-    "in_memory_order",
-    "initialize",
-    "local",
-    "real",
-    "restore",
-    "scale_shape",
-    "scales_of",
-]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import formats
 from .. import state as state_storage
 from ..plan import Control
-from ..precision import Storage
+from ..precision import Storage, widest_float
 from ..rules import Rule
 from ..state import local, real
 from ..validation import check_row
@@ -152,7 +152,7 @@ class Batch:
         members = list(optimizer._parameters())
         self.all = [param for _, _, param in members]
         self.members = [(index, *members[index]) for index in indices]
-        self.wide = torch.float32 if device.type == "mps" else torch.float64
+        self.wide = widest_float(device)
         self.row_values = torch.zeros((len(members), 2), dtype=self.wide, device=device)
 
     def refresh(self) -> bool:
@@ -205,8 +205,8 @@ class Batch:
     ) -> None:
         rule, storage = self.optimizer._rule(group), Storage.of(group)
         state = state_storage.initialize(self.optimizer, group, param)
-        step = _next_step(state, skip)
-        operands = _Operands(local(param), state, rule, storage, index, seed)
+        step = next_step(state, skip)
+        operands = Operands(local(param), state, rule, storage, index, seed)
         p, grad = operands.load_param(), param.grad
         assert grad is not None
         g = real(local(grad).resolve_conj()).to(p.dtype)
@@ -216,24 +216,26 @@ class Batch:
             g = g * factor.to(g.dtype)  # a tensor without dimensions would be promoted to float64
         elif factor != 1:
             g = g * factor
-        hypers = {name: _on(value, p) for name, value in group.items() if name != "params"}
-        new_p, new_states = FUNCTIONS[rule.name](p, g, operands.load_states(), hypers, step)
+        new_p, new_states = FUNCTIONS[rule.name](p, g, operands.load_states(), hypers_of(group, p), step)
         operands.store(new_p, new_states, step, skip)
 
 
-def _on(value: Any, like: Tensor) -> Any:
-    """Tensor hyperparameters on the parameter's device, without dimensions."""
-    if isinstance(value, Tensor):
-        return _scalar(value, like.device)
-    if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
-        return tuple(_on(item, like) for item in value)
-    return value
+def hypers_of(group: dict[str, Any], like: Tensor) -> Hypers:
+    """The options of a parameter group, those in tensors without dimensions and on the parameter's device."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _scalar(value, like.device)
+        if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
+            return tuple(there(item) for item in value)
+        return value
+
+    return {name: there(value) for name, value in group.items() if name != "params"}
 
 
 def _scalar(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of one element in float64, in which kernels derive constants: in float32, 1 - beta^step loses digits."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return value.reshape(()).to(device, wide)
+    return value.reshape(()).to(device, widest_float(device))
 
 
 def decide(control: Control) -> tuple[Number, Tensor | None]:
@@ -259,7 +261,7 @@ def decide(control: Control) -> tuple[Number, Tensor | None]:
     return factor, skip
 
 
-def _next_step(state: dict[str, Any], skip: Tensor | None) -> Number:
+def next_step(state: dict[str, Any], skip: Tensor | None) -> Number:
     """Counts the step, and returns the count: as a number where reading it costs nothing."""
     if "step" not in state:
         return 2.0  # a rule without a count has history: not the first step
@@ -273,7 +275,7 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Operands:
+class Operands:
     """One parameter and its state, from storage to arithmetic and back."""
 
     def __init__(
@@ -283,6 +285,7 @@ class _Operands:
         self.index, self.seed = index, seed
 
     def load_param(self) -> Tensor:
+        """The parameter or its master in the arithmetic's dtype."""
         if state_storage.MASTER in self.state:
             return local(self.state[state_storage.MASTER])
         if state_storage.REMAINDER in self.state:
@@ -290,6 +293,7 @@ class _Operands:
         return _wide(real(self.param))
 
     def load_states(self) -> States:
+        """The rule's states in the arithmetic's dtype."""
         return [self._load_state(name) for name in self.rule.states]
 
     def _load_state(self, name: str) -> Tensor:
@@ -302,24 +306,25 @@ class _Operands:
         return wide.as_strided(value.shape, value.stride())
 
     def store(self, param: Tensor, states: States, step: Number, skip: Tensor | None) -> None:
+        """Rounds and writes new values, master or remainder included; nothing changes where ``skip`` is true."""
         for k, (name, value) in enumerate(zip(self.rule.states, states, strict=True)):
             target = local(self.state[name])
             if target.dtype == torch.uint8:
                 self._store_blocks8(name, target, value, step, skip)
             else:
-                _assign(real(target), self._rounded(value, target.dtype, 1 + k, step), skip)
+                assign(real(target), self._rounded(value, target.dtype, 1 + k, step), skip)
         if state_storage.MASTER in self.state:
-            _assign(local(self.state[state_storage.MASTER]), param, skip)
-            _assign(self.param, param.to(self.param.dtype), skip)
+            assign(local(self.state[state_storage.MASTER]), param, skip)
+            assign(self.param, param.to(self.param.dtype), skip)
         elif state_storage.REMAINDER in self.state:
             remainder = local(self.state[state_storage.REMAINDER])
             bits = remainder.element_size() * 8
             random = self._random(param, 0, step) if bits == 8 and self.storage.stochastic_rounding else None
             high, low = formats.split_master(param, self.param.dtype, bits, random)
-            _assign(self.param, high.view(param.shape), skip)
-            _assign(remainder, low.view(param.shape), skip)
+            assign(self.param, high.view(param.shape), skip)
+            assign(remainder, low.view(param.shape), skip)
         else:
-            _assign(real(self.param), self._rounded(param, self.param.dtype, 0, step), skip)
+            assign(real(self.param), self._rounded(param, self.param.dtype, 0, step), skip)
 
     def _rounded(self, value: Tensor, dtype: torch.dtype, operand: int, step: Number) -> Tensor:
         if not self.storage.stochastic_rounding or dtype not in (torch.bfloat16, torch.float16):
@@ -338,8 +343,8 @@ class _Operands:
         codes, scales = formats.encode_blocks8(
             state_storage.in_memory_order(laid_out), name not in self.rule.nonnegative, step
         )
-        _assign(state_storage.in_memory_order(target), codes, skip)
-        _assign(state_storage.scales_of(self.state, name), scales, skip)
+        assign(state_storage.in_memory_order(target), codes, skip)
+        assign(state_storage.scales_of(self.state, name), scales, skip)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -348,5 +353,6 @@ def _wide(tensor: Tensor) -> Tensor:
     return wide.clone() if wide is tensor and torch.is_grad_enabled() else wide
 
 
-def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+def assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    """Writes ``value`` unless ``skip``, a tensor that is not read on the host, is true."""
     target.copy_(value if skip is None else torch.where(skip, target, value.to(target.dtype)))

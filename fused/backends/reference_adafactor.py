@@ -11,7 +11,7 @@ from .. import state as state_storage
 from ..adafactor import check_supported
 from ..factored import COL_VAR, ROW_VAR, VARIANCE, FactoredRule, Flag, matrices_of
 from ..optimizer import parameter_name
-from ..precision import Storage
+from ..precision import Storage, widest_float
 from ..state import local
 from . import reference
 from .reference import Number
@@ -105,10 +105,9 @@ class Batch(reference.Batch):
         rule = self.optimizer._rule(group)
         assert isinstance(rule, FactoredRule)
         state = state_storage.initialize(self.optimizer, group, param)
-        count = reference._next_step(state, skip)
-        wide = torch.float32 if param.device.type == "mps" else torch.float64
-        step = torch.as_tensor(count, dtype=wide, device=param.device)
-        operands = reference._Operands(param, state, rule, Storage.of(group), index, seed)
+        count = reference.next_step(state, skip)
+        step = torch.as_tensor(count, dtype=widest_float(param.device), device=param.device)
+        operands = reference.Operands(param, state, rule, Storage.of(group), index, seed)
         matrices = matrices_of(param.shape, rule)
         order = tuple(range(param.ndim)) if matrices is None else matrices.order
         names = (VARIANCE,) if matrices is None else (ROW_VAR, COL_VAR)
@@ -122,12 +121,12 @@ class Batch(reference.Batch):
             g.permute(order),
             [state[name].permute(order) for name in names],
             None if moment is None else moment.permute(order),
-            {name: reference._on(value, p) for name, value in group.items() if name != "params"},
+            reference.hypers_of(group, p),
             Flag(rule.flags),
             step,
         )
         for name, value in zip(names, variances, strict=True):
-            reference._assign(state[name].permute(order), value, skip)
+            reference.assign(state[name].permute(order), value, skip)
         back = sorted(range(param.ndim), key=order.__getitem__)
         states = [] if new_moment is None else [_in_memory_as(new_moment, matrices is not None).permute(back)]
         operands.store(_in_memory_as(new_p, matrices is not None).permute(back), states, count, skip)
