@@ -33,10 +33,18 @@ class MachineResults:
 
     def rows(self, *benches: str) -> list[dict[str, Any]]:
         """Rows of the named benches ("step", "pipeline", "host", ...), over all commands, all of one condition: those
-        measured alone, or beside the fewest busy processes."""
-        rows = [r for s in self.sections.values() for r in s.rows if r.get("bench") in benches]
-        fewest = _fewest(rows)
-        return [r for r in rows if (r.get("beside") or 0) == fewest]
+        measured alone, or beside the fewest busy processes. A cell that several commands measured is given once, as a
+        whole: ratios hold within a run only. The goals' own measurement comes after the command that is made for it."""
+        found = [
+            (name, row)
+            for name, section in sorted(self.sections.items(), key=lambda item: item[0] == "targets")
+            for row in section.rows
+            if row.get("bench") in benches
+        ]
+        fewest = _fewest(row for _, row in found)
+        chosen = [(name, row) for name, row in found if (row.get("beside") or 0) == fewest]
+        command_of: dict[tuple[Any, ...], str] = {}
+        return [row for name, row in chosen if command_of.setdefault(_measured(row), name) == name]
 
     def sections_of(self, *benches: str) -> list[Result]:
         """Those that hold rows of the benches, or goals for the bench "goals"; all for no name."""
@@ -128,6 +136,10 @@ def _completed(new: Result, old: Result, machine: dict[str, Any]) -> Result:
 
 def _cell(row: dict[str, Any]) -> str:
     return cell_name(row["bench"], row.get("optimizer", "-"), row.get("precision", ""), row.get("profile", ""))
+
+
+def _measured(row: dict[str, Any]) -> tuple[Any, ...]:
+    return _cell(row), row.get("tensors"), row.get("groups")
 
 
 def _no_time(goal: dict[str, Any]) -> bool:

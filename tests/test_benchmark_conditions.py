@@ -194,6 +194,18 @@ def test_rows_of_different_conditions_are_not_mixed() -> None:
     assert [r["median_ms"] for r in results.rows("step")] == [1.0] and not results.condition()
 
 
+def test_a_cell_that_two_commands_measured_is_given_once_as_a_whole() -> None:
+    def measured(ours: float, theirs: float, *profiles: str) -> list[dict[str, Any]]:
+        return [vars(_row(*cell)) for p in profiles for cell in (("fused", p, ours), ("torch.fused", p, theirs, 2.0))]
+
+    sections = {
+        name: Result(name, MACHINE, {}, [{**r, "bench": "pipeline"} for r in rows])
+        for name, rows in (("targets", measured(1.0, 2.0, "a", "b")), ("pipeline", measured(5.0, 10.0, "a")))
+    }
+    rows = MachineResults(MACHINE, sections).rows("pipeline")
+    assert [(r["profile"], r["median_ms"]) for r in rows] == [("a", 5.0), ("a", 10.0), ("b", 1.0), ("b", 2.0)]
+
+
 # ---- trainings ----
 
 
