@@ -108,6 +108,27 @@ def test_info_says_whether_the_build_is_stale(tmp_path: Path, monkeypatch: pytes
     assert info._sections(info.collect())["Build"]["stale"] == "no"
 
 
+def test_switches_that_are_ignored_are_named(tmp_path: Path) -> None:
+    command = fused_cli(tmp_path, "info", FUSED_ISA="avx9", FUSED_TENSOR_INTERFACE="fast")
+    assert_succeeded(command)
+    assert "FUSED_TENSOR_INTERFACE=fast is ignored" in command.stderr
+    if json.loads(fused_cli(tmp_path, "info", "--json").stdout)["backends"]["cpu"]["available"]:
+        assert "FUSED_ISA=avx9 is not built" in command.stderr
+    quiet = fused_cli(tmp_path, "info", FUSED_ISA="baseline", FUSED_TENSOR_INTERFACE="stable")
+    assert "FUSED_" not in quiet.stderr
+
+
+def test_info_says_why_there_is_no_extension(tmp_path: Path) -> None:
+    hidden = hide(tmp_path, "fused._C")
+    notes = 'import types\nnotes = types.ModuleType("fused._build_info")\nnotes.extension_error = "no compiler"\n'
+    with (tmp_path / "hidden" / "sitecustomize.py").open("a") as file:
+        file.write(notes + 'sys.modules["fused._build_info"] = notes\n')
+    command = fused_cli(tmp_path, "info", **hidden)
+    assert_succeeded(command)
+    for backend in ("cuda", "cpu"):
+        assert f"{backend:<16} no   the compiled extension is missing: no compiler" in command.stdout
+
+
 def test_info_needs_no_rich(tmp_path: Path) -> None:
     command = fused_cli(tmp_path, "info", **hide(tmp_path, "rich"))
     assert_succeeded(command)

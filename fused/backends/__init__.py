@@ -27,6 +27,37 @@ except ImportError as error:  # built without a compiler, or for another platfor
     EXTENSION_ERROR = str(error)
 
 
+def _warn_of_ignored_switches() -> None:
+    """Of environment variables that ask for what is not there: without a word a comparison would compare nothing."""
+    wanted = os.environ.get("FUSED_ISA", "")
+    if extension is not None and wanted not in ("", extension.isa()):
+        built = ", ".join(extension.built_isas())
+        warnings.warn(
+            f"FUSED_ISA={wanted} is not built ({built} are) or not supported here: using {extension.isa()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    wanted = os.environ.get("FUSED_TENSOR_INTERFACE", "")
+    if wanted not in ("", "stable", "dlpack"):
+        warnings.warn(f"FUSED_TENSOR_INTERFACE={wanted} is ignored: use stable or dlpack", RuntimeWarning, stacklevel=2)
+
+
+_warn_of_ignored_switches()
+
+
+def build_note(name: str) -> Any:
+    """What the build wrote down under ``name``; None where it wrote nothing."""
+    try:
+        return getattr(importlib.import_module("fused._build_info"), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def _extension_problem() -> str:
+    """Why the compiled extension is missing; the build knows more than the failed import does."""
+    return f"the compiled extension is missing: {build_note('extension_error') or EXTENSION_ERROR}"
+
+
 def status() -> dict[str, tuple[bool, str]]:
     """Whether each backend is available, and why not."""
     return {name: available(name) for name in ("cuda", "triton", "cpu", "reference")}
@@ -49,7 +80,7 @@ def _triton_problem(_: torch.device | None) -> str:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if extension is None:
-        return f"it needs the tables of the compiled extension, which does not import: {EXTENSION_ERROR}"
+        return f"it needs the extension's tables, but {_extension_problem()}"
     return "" if triton_interpreted() or torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
 
 
@@ -59,7 +90,7 @@ def triton_interpreted() -> bool:
 
 
 def _cpu_problem(_: torch.device | None) -> str:
-    return "" if extension is not None else f"the compiled extension does not import: {EXTENSION_ERROR}"
+    return "" if extension is not None else _extension_problem()
 
 
 def _no_problem(_: torch.device | None) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Control
-from . import extension
+from . import build_note, extension
 from .cpu import step_control
 from .table import TableBatch, capturing
 
@@ -31,7 +31,7 @@ _DLPACK_DEVICE_TYPE = 2
 def problem() -> str:
     """Why the kernels cannot be used here; empty if they can."""
     if extension is None or not extension.with_cuda:
-        return "the CUDA kernels are not part of this build (`python -m fused info` says why)"
+        return f"the CUDA kernels are not part of this build: {build_note('cuda_skipped') or 'it says nothing of them'}"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     return _device_problem(-1)
