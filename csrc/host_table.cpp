@@ -12,7 +12,6 @@ namespace {
 
 double number_at(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (value == Py_None) return std::numeric_limits<double>::quiet_NaN();  // an option that is off
   const double number = PyFloat_AsDouble(value);  // bool, int, numpy scalars, tensors
   if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   return number;
@@ -24,9 +23,9 @@ HostTable::HostTable(py::list hyper_names_by_rule) {
   for (const py::handle rule : hyper_names_by_rule) {
     std::vector<HyperName> names;
     for (const py::handle item : py::cast<py::list>(rule)) {
-      const auto pair = py::cast<py::tuple>(item);
-      py::object key = py::cast<py::object>(pair[0]);
-      names.push_back({py::cast<py::str>(key), py::cast<int>(pair[1])});
+      const auto parts = py::cast<py::tuple>(item);
+      py::object key = py::cast<py::object>(parts[0]);
+      names.push_back({py::cast<py::str>(key), py::cast<int>(parts[1]), py::cast<bool>(parts[2])});
     }
     if (names.size() > kMaxHypers) throw std::invalid_argument("too many hyperparameters for a rule");
     hyper_names_.push_back(std::move(names));
@@ -115,8 +114,12 @@ void HostTable::read_on_device(int32_t type, int32_t index) {
   reader_index_ = index;
 }
 
-void HostTable::read_hyper(PyObject* value, GroupRow& row, size_t h) const {
+void HostTable::read_hyper(PyObject* value, bool may_be_off, GroupRow& row, size_t h) const {
   row.hyper_at[h] = nullptr;
+  if (may_be_off && value == Py_None) {
+    row.hyper[h] = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
   if (reader_type_ != 0 && !PyFloat_CheckExact(value) && py::hasattr(value, "data_ptr")) {
     TensorView view;
     if (view_of(value, view) && view.numel == 1 && view.device_type == reader_type_ && view.device_index == reader_index_) {
@@ -140,9 +143,9 @@ void HostTable::read_hypers(const py::list& param_groups, const std::vector<int>
       if (names[h].item >= 0) {
         const py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, names[h].item));
         if (!item) throw py::error_already_set();
-        read_hyper(item.ptr(), groups[g], h);
+        read_hyper(item.ptr(), names[h].may_be_off, groups[g], h);
       } else {
-        read_hyper(value, groups[g], h);
+        read_hyper(value, names[h].may_be_off, groups[g], h);
       }
     }
     PyObject* maximize = PyDict_GetItemWithError(group, maximize_name);

@@ -19,6 +19,7 @@ namespace fused {
 
 class HostTable {
  public:
+  // A list for each rule of (key, index into its value or -1, whether it may be None).
   explicit HostTable(pybind11::list hyper_names_by_rule);
 
   void resize(size_t rows, size_t groups);
@@ -92,7 +93,7 @@ class HostTable {
   bool same_dictionaries(const pybind11::dict& state) const;
   void remember_dictionaries(const pybind11::dict& state);
 
-  void read_hyper(PyObject* value, GroupRow& row, size_t h) const;
+  void read_hyper(PyObject* value, bool may_be_off, GroupRow& row, size_t h) const;
 
   bool state_moved_ = false;
   size_t turn_ = 0;
@@ -106,7 +107,8 @@ class HostTable {
   uint64_t active_seen_ = 0;
   struct HyperName {
     pybind11::str key;
-    int item;  // index into a tuple such as betas, or -1
+    int item;         // index into a tuple such as betas, or -1
+    bool may_be_off;  // None is a value: NaN in the row
   };
   std::vector<std::vector<HyperName>> hyper_names_;
   int32_t reader_type_ = 0, reader_index_ = 0;  // no device's type is 0

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 Hyper = tuple[str, int]
 """Key in the parameter group, and the index into its value where that is a pair (-1: the value itself)."""
 
+MAY_BE_OFF: frozenset[Hyper] = frozenset({("eps", 0), ("d", -1), ("beta1", -1)})
+"""Hyperparameters, all of Adafactor's, whose value may be None."""
+
 
 @dataclass(frozen=True)
 class Rule:

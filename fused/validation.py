@@ -12,7 +12,7 @@ from . import state as state_storage
 from .arguments import check_number, check_pair
 from .optimizer import parameter_name
 from .precision import FORMAT_OF_DTYPE, Storage
-from .rules import Hyper
+from .rules import MAY_BE_OFF, Hyper
 from .state import local
 
 if TYPE_CHECKING:
@@ -71,18 +71,20 @@ def check_implementation(foreach: Any, fused: Any, differentiable: bool) -> None
 
 
 def check_hypers(groups: Sequence[dict[str, Any]], hypers: Sequence[Sequence[Hyper]]) -> None:
-    """Raises TypeError where an option of a live group is no number; ``hypers``: those that each group's rule reads.
-
-    None is one to the kernels: Adafactor's options may be.
-    """
+    """Raises where an option of a live group, of those that its rule reads, is missing or no number."""
     for number, (group, wanted) in enumerate(zip(groups, hypers, strict=True)):
         for key, item in wanted:
+            if key not in group:
+                raise KeyError(f"parameter group {number} has no option '{key}'")
             name, value = f"option '{key}' of parameter group {number}", group[key]
             if item >= 0:
                 check_pair(name, value)
                 value = value[item]
-            if value is not None:
-                check_number(name, value)
+            if value is None and (key, item) in MAY_BE_OFF:
+                continue
+            check_number(name, value)
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
 
 
 def check_row(optimizer: FusedOptimizer, group: dict[str, Any], index: int, param: Tensor) -> None:

@@ -15,7 +15,9 @@ from cases import CASES, COUNTERPART_IDS, WITH_COUNTERPART, Case, Variant
 from conftest import Backend
 from oracle import Oracle, make_params, set_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer, lr_scheduler
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fused
 from fused.optimizer import OPTIMIZER_OPTIONS
@@ -161,22 +163,84 @@ def test_options_of_some_are_named() -> None:
             cls(p, **kwargs)  # type: ignore[arg-type]
 
 
-def test_a_live_option_that_is_no_number_is_named() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    p.grad = torch.ones(2)
-    optimizer = fused.AdamW([p])
+def test_a_live_option_that_is_no_number_is_named(backend: Backend) -> None:
+    p = torch.nn.Parameter(torch.ones(2, device=backend.device))
+    p.grad = torch.ones_like(p)
+    optimizer = fused.AdamW([p], backend=backend.name)
     optimizer.step()
     before = p.detach().clone()
+    pair = torch.tensor([0.1, 0.2])
     for change, kind, message in (
         ({"lr": "1e-3"}, TypeError, "option 'lr' of parameter group 0 must be a number, got '1e-3'"),
         ({"betas": None}, TypeError, "option 'betas' of parameter group 0 must be a pair, got None"),
         ({"betas": (0.9,)}, ValueError, r"option 'betas' of parameter group 0 must be a pair, got \(0.9,\)"),
+        ({"lr": None}, TypeError, "option 'lr' of parameter group 0 must be a number, got None"),
+        ({"betas": (0.9, None)}, TypeError, "option 'betas' of parameter group 0 must be a number, got None"),
+        ({"eps": pair}, ValueError, r"option 'eps' of parameter group 0 must be one number, got a tensor .*\(2,\)"),
     ):
-        optimizer.param_groups[0].update(lr=1e-3, betas=(0.9, 0.99))
+        optimizer.param_groups[0].update(lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
         optimizer.param_groups[0].update(change)
         with pytest.raises(kind, match=message):
             optimizer.step()
-        assert torch.equal(p, before)
+        assert torch.equal(p, before) and optimizer.state[p]["step"] == 1
+    optimizer.param_groups[0].pop("eps")
+    with pytest.raises(KeyError, match="parameter group 0 has no option 'eps'"):
+        optimizer.step()
+
+
+def test_adafactors_options_that_are_off(backend: Backend) -> None:
+    p = torch.nn.Parameter(torch.ones(2, 3, device=backend.device))
+    p.grad = torch.ones_like(p)
+    optimizer = fused.Adafactor([p], eps=(None, 1e-3), d=None, beta1=None, backend=backend.name)
+    optimizer.step()
+    assert p.isfinite().all()
+    optimizer.param_groups[0]["weight_decay"] = None
+    with pytest.raises(TypeError, match="option 'weight_decay' of parameter group 0 must be a number, got None"):
+        optimizer.step()
+
+
+@each_case
+def test_tensors_without_memory_are_stepped_in_torch_operations(case: Case) -> None:
+    with FakeTensorMode():
+        net = torch.nn.Linear(3, 2)
+        optimizer = case.make(net.parameters(), max_grad_norm=1.0, skip_nonfinite=True)
+        for _ in range(2):
+            net(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+        assert fused.clip_grad_norm_(net.parameters(), 1.0).shape == ()
+        assert optimizer.memory().elements == 8
+    halves = torch.randn(2, 3, 4)
+    pair = torch.nn.Parameter(TwoTensor(halves[0].clone(), halves[0].clone()))
+    plain = torch.nn.Parameter(halves[0].clone())
+    optimizers = [case.make([p], max_grad_norm=1.0, backend="reference") for p in (pair, plain)]
+    for _ in range(2):
+        pair.grad, plain.grad = TwoTensor(halves[1], halves[1]), halves[1].clone()
+        for each in optimizers:
+            each.step()
+    assert torch.equal(pair.a, plain)  # type: ignore[attr-defined]
+    chosen = case.make([pair], max_grad_norm=1.0)
+    chosen.step()
+    assert pair.a.isfinite().all()  # type: ignore[attr-defined]
+
+
+@each_case
+def test_options_in_tensors_keep_the_dtype_of_numbers(case: Case, backend: Backend) -> None:
+    ours, theirs = twins(((), (1,), (3,)))
+    optimizer, reference = case.make(ours, backend=backend.name), case.make(theirs, backend="reference")
+    for group in optimizer.param_groups:
+        for name in ("lr", "weight_decay", "betas", "momentum", "rho", "alpha"):
+            value = group.get(name)
+            if isinstance(value, tuple):
+                group[name] = tuple(torch.tensor(item, dtype=torch.float64) for item in value)
+            elif value is not None:
+                group[name] = torch.tensor(0.1 if name == "weight_decay" else value, dtype=torch.float64)
+    for group in reference.param_groups:
+        group["weight_decay"] = 0.1
+    for _ in range(2):
+        same_gradients(ours, theirs)
+        optimizer.step()
+        reference.step()
+    assert_close(ours, theirs)
 
 
 @each_case

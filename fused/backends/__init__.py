@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..state import local
 
@@ -178,8 +180,12 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
     times: dict[Tensor, int] = {}
     for index, (group, _, param) in enumerate(optimizer._parameters()):
         device = local(param).device
-        by_autograd = optimizer.param_groups[group].get("differentiable") or torch.compiler.is_compiling()
-        name = "reference" if by_autograd else choose(device, requested, optimizer._kernels)
+        in_torch = (
+            optimizer.param_groups[group].get("differentiable")
+            or torch.compiler.is_compiling()
+            or not has_memory(local(param))
+        )
+        name = "reference" if in_torch else choose(device, requested, optimizer._kernels)
         time = times[param] = times.get(param, -1) + 1
         places.setdefault((time, name, device), []).append(index)
     batches: list[Batch] = []
@@ -187,6 +193,11 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
         batches.append(_batch_class(name, optimizer._kernels)(optimizer, device, indices))
         batches[-1].again = time > 0
     return batches
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements lie in memory of its own: fake tensors, and those made of others, have none."""
+    return not (isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor))
 
 
 def _batch_class(name: str, kernels: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import formats
 from .. import state as state_storage
@@ -18,7 +19,7 @@ from ..plan import Control
 from ..precision import Storage, widest_float
 from ..rules import Rule
 from ..state import local, real
-from ..validation import check_row
+from ..validation import check_hypers, check_row
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -41,7 +42,9 @@ def _lerp(start: Tensor, end: Tensor, weight: Number) -> Tensor:
 
 def _axpy(scale: Number, x: Tensor, y: Tensor) -> Tensor:
     """y + scale * x."""
-    return y + scale * x if isinstance(scale, Tensor) else torch.add(y, x, alpha=scale)
+    if isinstance(scale, Tensor):  # in float64, which would make tensors without dimensions of float32 wider
+        return (y + scale * x).to(y.dtype)
+    return torch.add(y, x, alpha=scale)
 
 
 def _add_l2(g: Tensor, p: Tensor, weight_decay: Number) -> Tensor:
@@ -164,6 +167,9 @@ class Batch:
             if local(param).device != self.device:
                 return False
             self._check(self.optimizer.param_groups[g], i, param)
+        if not torch.compiler.is_compiling():
+            groups = self.optimizer.param_groups
+            check_hypers(groups, [self.optimizer._rule(group).hypers for group in groups])
         return True
 
     def _check(self, group: dict[str, Any], i: int, param: Tensor) -> None:
@@ -272,7 +278,7 @@ def next_step(state: dict[str, Any], skip: Tensor | None) -> Number:
 
 def _readable(tensor: Tensor) -> bool:
     """Whether reading the value costs nothing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 class Operands:

@@ -14,7 +14,7 @@ from .. import state as state_storage
 from ..optimizer import parameter_name
 from ..plan import Control
 from ..precision import FORMAT_OF_DTYPE, Format, Storage
-from ..rules import RULES, Hyper
+from ..rules import MAY_BE_OFF, RULES, Hyper
 from ..state import local, real
 from ..validation import check_hypers, check_row
 from . import extension
@@ -40,7 +40,9 @@ class TableBatch:
         self.members = [(g, i, param) for g, i, param in optimizer._parameters()]
         self.rules = [optimizer._rule(group) for group in optimizer.param_groups]
         self.rule_of_group = [rule.index for rule in self.rules]
-        self.table = extension.HostTable([list(hypers) for hypers in self.hypers_by_rule])
+        self.table = extension.HostTable(
+            [[(*hyper, hyper in MAY_BE_OFF) for hyper in hypers] for hypers in self.hypers_by_rule]
+        )
         self.table.resize(len(self.members), len(optimizer.param_groups))
         self.staged: dict[int, list[Tensor]] = {}
         self.write_back: list[tuple[Tensor, Tensor]] = []
@@ -64,7 +66,7 @@ class TableBatch:
                 self._bind(index)
         try:
             self.table.read_hypers(self.optimizer.param_groups, self.rule_of_group)
-        except (TypeError, IndexError):
+        except (TypeError, IndexError, ValueError, RuntimeError):
             check_hypers(self.optimizer.param_groups, [rule.hypers for rule in self.rules])
             raise
         return True
