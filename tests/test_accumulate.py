@@ -26,15 +26,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 SHAPES = ((70, 300), (33,), (0,), (), (5, 7))
 
 
-def make_params(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+def make_params(dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu") -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
 
 
 def backward(params: list[torch.nn.Parameter], step: int, scale: float = 1.0) -> list[Tensor]:
     """A micro-batch through autograd; returns the gradients, which are random."""
     generator = torch.Generator().manual_seed(100 + step)
-    grads = [(torch.randn(p.shape, generator=generator) * scale).to(p.dtype) for p in params]
+    grads = [(torch.randn(p.shape, generator=generator) * scale).to(p.device, p.dtype) for p in params]
     loss: Any = sum((p * g).sum() for p, g in zip(params, grads, strict=True))
     loss.backward()
     return grads
@@ -80,14 +80,14 @@ def test_small_summands_survive(path: str) -> None:
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"skip_nonfinite": True}], ids=str)
 def test_step_reads_the_average(path: str, backend: Backend, hooks: bool, options: dict[str, Any]) -> None:
-    params, twins = make_params(torch.bfloat16), make_params(torch.bfloat16)
+    params, twins = (make_params(torch.bfloat16, device=backend.device) for _ in range(2))
     for twin in twins:
         twin.grad_dtype = None
     ours = fused.AdamW(params, lr=0.1, master_weights="fp32", backend=backend.name, **options)
     theirs = fused.AdamW(twins, lr=0.1, master_weights="fp32", backend=backend.name, **options)
     accumulator = fused.GradientAccumulator(ours, hooks=hooks)
     for window in range(4):
-        sums = [torch.zeros(p.shape) for p in params]
+        sums = [torch.zeros(p.shape, device=p.device) for p in params]
         for micro in range(4):
             for total, grad in zip(sums, backward(params, 10 * window + micro), strict=True):
                 total += grad

@@ -168,7 +168,9 @@ def test_capturable_keeps_float32_moments(backend: Backend) -> None:
     p.grad = torch.full_like(p, 1.0)
     optimizer = fused.AdamW([p], state_dtype=torch.float32, capturable=True, backend=backend.name)
     optimizer.step()
-    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], torch.full((3,), 1e-3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        optimizer.state[p]["exp_avg_sq"], torch.full_like(p, 1e-3, dtype=torch.float32), rtol=1e-6, atol=0
+    )
 
 
 def test_split_weights_keep_nan(backend: Backend) -> None:
@@ -236,10 +238,12 @@ def test_autograd_hears_of_the_write(case: Case, backend: Backend) -> None:
 def test_group_count_changes_nothing(backend: Backend) -> None:
     """rf-detr #1409: hundreds of groups made steps slower. Here each is a row, and results are those of one group."""
     torch.manual_seed(1)
-    one, many = ([torch.nn.Parameter(torch.full((3,), float(i))) for i in range(300)] for _ in range(2))
+    one, many = (
+        [torch.nn.Parameter(torch.full((3,), float(i), device=backend.device)) for i in range(300)] for _ in range(2)
+    )
     for p, q in zip(one, many, strict=True):
-        p.grad = torch.randn(3)
+        p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()
-    fused.AdamW(one).step()
-    fused.AdamW([{"params": [p]} for p in many]).step()
+    fused.AdamW(one, backend=backend.name).step()
+    fused.AdamW([{"params": [p]} for p in many], backend=backend.name).step()
     assert all(torch.equal(p, q) for p, q in zip(one, many, strict=True))

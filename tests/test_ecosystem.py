@@ -27,13 +27,13 @@ def test_gradients_in_the_buckets_of_data_parallel_training(backend: Backend) ->
     try:
         plain = torch.nn.Sequential(
             torch.nn.Linear(3, 1), torch.nn.Tanh(), torch.nn.Linear(1, 67), torch.nn.Linear(67, 1)
-        )
+        ).to(backend.device)
         net = copy.deepcopy(plain)
         parallel = DistributedDataParallel(net, gradient_as_bucket_view=True)
         made = [fused.AdamW(module.parameters(), lr=0.1, backend=backend.name) for module in (plain, net)]
         for seed in range(4):
             torch.manual_seed(seed)
-            x = torch.randn(5, 3)
+            x = torch.randn(5, 3).to(backend.device)
             for model, optimizer in zip((plain, parallel), made, strict=True):
                 model(x).square().sum().backward()
                 optimizer.step()
