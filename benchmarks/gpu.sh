@@ -189,13 +189,15 @@ publish=()
 # The goals in a process of their own: what kills it leaves the other measurements their GPU.
 measured=(--device "$DEVICE" --seconds 0.15 --out "$OUT/results")
 LINES_SHOWN=40 stage targets "$(part 110)" "$PYTHON" -m benchmarks targets "${measured[@]}" --limit "$(part 80)"
-budget=$(($(left) - $(part 230))) # the share of what follows, and what a last cell may run over
+budget=$(($(left) - $(part 250))) # the share of what follows, and what a last cell may run over
 LINES_SHOWN=70 stage benchmarks $((budget + $(part 60))) "$PYTHON" -m benchmarks all "${measured[@]}" --skip targets \
   --limit "$budget" ${publish[@]+"${publish[@]}"}
 
 # What every backend has to pass, on the GPU's; without one nothing is left to select.
 if [ "$DEVICE" = cuda ]; then
-  test_stage tests-backends "$(part 100)" tests --ignore=tests/test_gpu.py --maxfail=20 -m "gpu and not large"
+  others=(tests --ignore=tests/test_gpu.py --maxfail=20 -m "gpu and not large")
+  test_stage tests-cuda "$(part 60)" "${others[@]}" -k "not triton"
+  test_stage tests-triton "$(part 80)" "${others[@]}" -k triton
   [ "${LARGE:-0}" = 1 ] && test_stage tests-large "$(part 150)" tests -m "gpu and large"
 fi
 

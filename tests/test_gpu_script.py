@@ -101,8 +101,8 @@ def test_every_stage_is_run_and_kept(stage: Stage) -> None:
     assert code == 0, output
     lines = [line.split()[1].rstrip(":") for line in stage.summary.splitlines() if line.startswith("===")]
     assert lines == [
-        *("build", "info", "tests-gpu", "targets", "benchmarks", "tests-backends", "benchmarks-triton"),
-        *("sanitizer-memcheck", "sanitizer-racecheck"),
+        *("build", "info", "tests-gpu", "targets", "benchmarks", "tests-cuda", "tests-triton"),
+        *("benchmarks-triton", "sanitizer-memcheck", "sanitizer-racecheck"),
     ]
     assert "everything passed" in output
     assert {"build.log", "tests-gpu.log", "summary.txt", "step.json"} <= stage.archived()
@@ -116,7 +116,7 @@ def test_a_failure_does_not_stop_the_others(stage: Stage) -> None:
     assert code == 1
     assert "tests-gpu (exit code 3)" in output
     assert "=== benchmarks: passed" in stage.summary
-    assert "failed: tests-gpu (exit code 3); tests-backends (exit code 3); sanitizer-memcheck" in stage.summary
+    assert "failed: tests-gpu (exit code 3); tests-cuda (exit code 3); tests-triton (exit code 3); " in stage.summary
 
 
 def test_what_hangs_is_cut_off_and_the_others_run(stage: Stage) -> None:
