@@ -10,6 +10,7 @@
 #   SKIP="sanitizer"     stages to leave out: build info tests targets benchmarks sanitizer
 #   LARGE=1              also the tests of more than 2^31 elements
 #   PUBLISH=0            do not write benchmarks/results/<machine>.json, its plots and the README's tables
+#   COMMIT=1a2b3c4       what is measured, where the tree came without its repository
 #   DEVICE=cpu           a rehearsal: all of it without a GPU, as far as that goes
 #   FUSED_CUDA_ARCHS     what to compile for; default: this machine's GPU alone, which takes a fifth of the time
 #
@@ -27,6 +28,7 @@ LIMIT=${LIMIT:-570}
 SKIP=" ${SKIP:-} "
 PUBLISH=${PUBLISH:-1}
 DEVICE=${DEVICE:-cuda}
+[ -n "${COMMIT:-}" ] && export COMMIT
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)

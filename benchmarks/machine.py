@@ -88,6 +88,12 @@ def theoretical_bandwidth(device: torch.device) -> float | None:
     return next((float(v) for k, v in sorted(_DATASHEET.items(), key=lambda kv: -len(kv[0])) if k in name), None)
 
 
+def _commit() -> str:
+    """What is measured; named by COMMIT where the tree came without its repository."""
+    named = os.environ.get("COMMIT", "").strip()
+    return named or _run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to place a number."""
     out: dict[str, Any] = {
@@ -100,7 +106,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "commit": _run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": _commit(),
         "versions": {k: v for k, v in versions().items() if v},
     }
     if device.type == "cuda":

@@ -28,6 +28,7 @@ from benchmarks.commands.run import Run  # noqa: E402
 from benchmarks.decay import VARIANTS, cells_of, measure  # noqa: E402
 from benchmarks.limit import TimeUpError, broken_off_after  # noqa: E402
 from benchmarks.load import Busy, company  # noqa: E402
+from benchmarks.machine import describe  # noqa: E402
 from benchmarks.measure import Session  # noqa: E402
 from benchmarks.problem import NotAvailable, Side  # noqa: E402
 from benchmarks.report import Result, Row  # noqa: E402
@@ -147,6 +148,13 @@ def test_no_line_begins_after_the_limit(
 
 def _results(folder: Path) -> None:
     Result("step", MACHINE, {}, [vars(_row("fused", "a", 1.0))]).save(folder)
+
+
+def test_the_commit_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "1a2b3c4")
+    assert describe(torch.device("cpu"))["commit"] == "1a2b3c4"
+    monkeypatch.setenv("COMMIT", "")
+    assert describe(torch.device("cpu"))["commit"] != "1a2b3c4"
 
 
 def test_cells_share_the_time_that_is_left() -> None:
