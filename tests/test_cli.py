@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +128,24 @@ def test_info_says_why_there_is_no_extension(tmp_path: Path) -> None:
     assert_succeeded(command)
     for backend in ("cuda", "cpu"):
         assert f"{backend:<16} no   the compiled extension is missing: no compiler" in command.stdout
+
+
+def test_a_step_without_the_extension_says_so_once(tmp_path: Path) -> None:
+    program = """
+        import torch, fused
+        for _ in range(2):
+            p = torch.nn.Parameter(torch.ones(3))
+            p.grad = torch.ones(3)
+            fused.SGD([p], lr=0.5).step()
+        print(p.tolist())
+    """
+    command = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path, env={**os.environ, **hide(tmp_path, "fused._C")}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert command.stdout == "[0.5, 0.5, 0.5]\n", command.stderr
+    words = "parameters on cpu are updated by the reference backend (cpu: the compiled extension is missing"
+    assert command.stderr.count(words) == 1
 
 
 def test_info_needs_no_rich(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _best(names: list[str], device: torch.device) -> str:
         if usable:
             break
         reasons[name] = reason
-    if "cuda" in reasons and (_cuda_is_built() or name == "reference"):
+    if reasons and (name == "reference" or ("cuda" in reasons and _cuda_is_built())):
         why = "; ".join(f"{unusable}: {reason}" for unusable, reason in reasons.items())
         _warn_once(f"fused: parameters on {device} are updated by the {name} backend ({why})")
     return name
