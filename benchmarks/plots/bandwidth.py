@@ -82,7 +82,7 @@ def size(results: MachineResults, out: Path) -> list[Path]:
     axis.grid()
     axis.set_xlabel("elements of the one tensor")
     axis.set_ylabel("GB/s, 28 bytes per element")
-    axis.legend(loc="upper left")
+    axis.legend(loc="upper left", ncols=2)  # two lines of it stay above that of the copy
     return [
         finish(
             figure,
