@@ -23,8 +23,8 @@ class HostTable {
   explicit HostTable(pybind11::list hyper_names_by_rule);
 
   void resize(size_t rows, size_t groups);
-  // Row `index`: the parameter object, the state dictionary, whose tensors' identity is watched, and the row's fields. `watched` false: Python looks at this row before every
-  // step, as it must where the class has a property `grad` of its own.
+  // Row `index`: the parameter object, the state dictionary, whose tensors' identity is watched, and the row's fields.
+  // `watched` false: Python looks at this row before every step, as it must where the class has a property `grad` of its own.
   void bind(size_t index, pybind11::object param, bool watched, pybind11::object state, pybind11::dict fields);
   // Compares all rows with the live objects. Returns the indices of the rows that Python must look at, or None if the
   // groups hold other parameters than the table.
