@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     with run_:
         machine = dict(run_.machine)
         versions = machine.pop("versions")
+        if machine.get("last_level_cache"):
+            machine["last_level_cache"] = f"{machine['last_level_cache'] / 2**20:g} MiB"
         rows = [[k.replace("_", " "), str(v)] for k, v in machine.items()]
         rows += [["result file", f"{slug(run_.machine)}.json"]]
         show_table("Machine", ["", "value"], rows)
