@@ -128,8 +128,8 @@ FUSED_HD uint32_t block8_curve(int32_t deficit, int32_t count) {
 }
 
 // Bits of the scale's mantissa, and the first of the low bytes that name a curve: 128 + 64 + 32 + 32 of them.
-FUSED_HD uint32_t curve_bits(uint32_t curve) { return curve < 2u ? 7u - curve : 5u; }
-FUSED_HD uint32_t curve_first(uint32_t curve) { return curve < 2u ? curve * 128u : curve * 32u + 128u; }
+FUSED_HD constexpr uint32_t curve_bits(uint32_t curve) { return curve < 2u ? 7u - curve : 5u; }
+FUSED_HD constexpr uint32_t curve_first(uint32_t curve) { return curve < 2u ? curve * 128u : curve * 32u + 128u; }
 
 // High byte: the exponent of the largest magnitude. Low byte: the curve and its bits of the mantissa, rounded.
 FUSED_HD uint16_t block8_scale_signed(uint32_t largest, uint32_t curve) {
@@ -156,13 +156,10 @@ struct Curve8 {
   float reach;  // the level that the curve approaches, 127 * (1 + bend) / bend
 };
 
-FUSED_HD Curve8 curve8(uint32_t curve) {
-  Curve8 c;
-  c.halvings = curve < 2u ? 0u : curve - 1u;
-  c.bias = kOne - (kOne >> c.halvings);
-  c.bend = curve == 0u ? 0.75f : (curve == 1u ? 2.0f : 1.0f);
-  c.reach = float(kSignedLevels) * (1.0f + c.bend) / c.bend;
-  return c;
+FUSED_HD constexpr Curve8 curve8(uint32_t curve) {
+  const uint32_t halvings = curve < 2u ? 0u : curve - 1u;
+  const float bend = curve == 0u ? 0.75f : (curve == 1u ? 2.0f : 1.0f);
+  return {halvings, kOne - (kOne >> halvings), bend, float(kSignedLevels) * (1.0f + bend) / bend};
 }
 
 struct Block8Signed {

@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <limits>
+
 #include "../blocks8.h"
 
 namespace fused {
@@ -59,7 +61,7 @@ struct CurveTable {
   alignas(32) uint32_t bits[kLanes8] = {}, first[kLanes8] = {}, halvings[kLanes8] = {}, bias[kLanes8] = {};
   alignas(32) float bend[kLanes8] = {}, reach[kLanes8] = {};
 
-  CurveTable() {
+  constexpr CurveTable() {
     for (uint32_t c = 0; c < kCurves; ++c) {
       const Curve8 curve = curve8(c);
       halvings[c] = curve.halvings, bias[c] = curve.bias, bend[c] = curve.bend, reach[c] = curve.reach;
@@ -68,11 +70,8 @@ struct CurveTable {
   }
 };
 
-// Made when first asked for: code of this instruction set must not run where the module is only loaded.
-inline const CurveTable& curve_table() {
-  static const CurveTable table;
-  return table;
-}
+// Made by the compiler: code of this instruction set must not run where the module is only loaded.
+constexpr CurveTable kCurveTable;
 
 inline __m256i look_up(const uint32_t* table, __m256i curve) {
   return _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)), curve);
@@ -85,7 +84,7 @@ inline __m256i curves_of(__m256i words) {
 }
 
 inline __m256 tops_of(__m256i words, __m256i curves) {
-  const __m256i bits = look_up(curve_table().bits, curves);
+  const __m256i bits = look_up(kCurveTable.bits, curves);
   const __m256i mask = _mm256_sub_epi32(_mm256_sllv_epi32(all(1u), bits), all(1u));
   const __m256i mantissa = _mm256_sllv_epi32(_mm256_and_si256(words, mask), _mm256_sub_epi32(all(23u), bits));
   return float256(_mm256_or_si256(_mm256_slli_epi32(_mm256_srli_epi32(words, 8), 23), mantissa));
@@ -97,13 +96,12 @@ struct DecodeSigned {
   alignas(32) float reach[kBlocks8], unit[kBlocks8];
 
   DecodeSigned(const uint16_t* scales, int blocks) {
-    const CurveTable& table = curve_table();
-    for (int b = 0; b < blocks; b += kLanes8) {
+      for (int b = 0; b < blocks; b += kLanes8) {
       const __m256i words = load_scales(scales + b), curves = curves_of(words);
-      put(halvings + b, look_up(table.halvings, curves));
-      put(bias + b, look_up(table.bias, curves));
-      put(reach + b, look_up(table.reach, curves));
-      put(unit + b, _mm256_div_ps(tops_of(words, curves), look_up(table.bend, curves)));
+      put(halvings + b, look_up(kCurveTable.halvings, curves));
+      put(bias + b, look_up(kCurveTable.bias, curves));
+      put(reach + b, look_up(kCurveTable.reach, curves));
+      put(unit + b, _mm256_div_ps(tops_of(words, curves), look_up(kCurveTable.bend, curves)));
     }
   }
 };
@@ -136,32 +134,44 @@ inline bool decode(const DecodeSigned& group, int b, const uint8_t* code, float*
 
 inline __m256i scales_signed(__m256i largest, __m256i curves) {
   const __m256i bounded = _mm256_min_epi32(_mm256_max_epi32(largest, all(kSmallestScale)), all(kLargestScale));
-  const __m256i bits = look_up(curve_table().bits, curves), dropped = _mm256_sub_epi32(all(23u), bits), one = all(1u);
+  const __m256i bits = look_up(kCurveTable.bits, curves), dropped = _mm256_sub_epi32(all(23u), bits), one = all(1u);
   const __m256i half = _mm256_sllv_epi32(one, _mm256_sub_epi32(dropped, one));
   const __m256i top = _mm256_srlv_epi32(_mm256_add_epi32(bounded, half), dropped);
   const __m256i mask = _mm256_sub_epi32(_mm256_sllv_epi32(one, bits), one);
-  const __m256i low = _mm256_or_si256(look_up(curve_table().first, curves), _mm256_and_si256(top, mask));
+  const __m256i low = _mm256_or_si256(look_up(kCurveTable.first, curves), _mm256_and_si256(top, mask));
   const __m256i word = _mm256_or_si256(_mm256_slli_epi32(_mm256_srlv_epi32(top, bits), 8), low);
   return _mm256_andnot_si256(_mm256_cmpeq_epi32(largest, _mm256_setzero_si256()), word);
 }
 
-// What block8_deficit counts, on the high halves of two vectors at a time; a zero's half, less one, is past every other.
-// Returns the number of nonzero halves.
-inline int deficits(const float* in, uint32_t largest, __m256i& sum) {
-  const __m256i one = _mm256_set1_epi16(1), limit = _mm256_set1_epi16(int16_t(kDeficitLimit));
-  const __m256i top = _mm256_sub_epi16(_mm256_set1_epi16(int16_t(largest >> 16)), one);
-  __m256i deficit[2];
-  int zeros = 0;
-  for (int v = 0; v < 2; ++v) {
-    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(magnitude256(in + 16 * v), 16), magnitude256(in + 16 * v + 8), 0xaa);
-    deficit[v] = _mm256_min_epi16(_mm256_subs_epu16(top, _mm256_sub_epi16(high, one)), limit);
-    zeros += __builtin_popcount(unsigned(_mm256_movemask_epi8(_mm256_cmpeq_epi16(high, _mm256_setzero_si256()))));
-  }
-  sum = _mm256_madd_epi16(_mm256_add_epi16(deficit[0], deficit[1]), one);
-  return kBlock8 - zeros / 2;
+constexpr int kZeroShift = 15;
+static_assert((kBlock8 - 1) * kDeficitLimit < 1 << kZeroShift, "the largest magnitude has no deficit");
+
+// The high half of each lane, less one, twice.
+inline __m256i high_halves_less_one(__m256i v) {
+  const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(v, 16), v, 0xaa);
+  return _mm256_sub_epi16(high, _mm256_set1_epi16(1));
 }
 
-inline __m256i curves_for(__m256i deficit, __m256i count) {
+// What block8_deficit counts, summed over a block, and from bit kZeroShift on the number of zeros. The high halves of two vectors
+// are worked on together; a zero's half, less one, is past every other. `top` is that of the largest magnitude in every lane.
+inline __m256i deficits(const float* in, __m256i top) {
+  const __m256i one = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+  __m256i deficit[2], zeros[2];
+  for (int v = 0; v < 2; ++v) {
+    const __m256i low = bits256(_mm256_loadu_ps(in + 16 * v)), high = bits256(_mm256_loadu_ps(in + 16 * v + 8));
+    const __m256i halves = _mm256_and_si256(_mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa), _mm256_set1_epi16(0x7fff));
+    const __m256i below = _mm256_subs_epu16(top, _mm256_sub_epi16(halves, one));
+    deficit[v] = _mm256_min_epi16(below, _mm256_set1_epi16(int16_t(kDeficitLimit)));
+    zeros[v] = _mm256_cmpeq_epi16(halves, zero);
+  }
+  const __m256i each_zero = _mm256_set1_epi16(std::numeric_limits<int16_t>::min());  // times -1
+  return _mm256_add_epi32(_mm256_madd_epi16(_mm256_add_epi16(deficit[0], deficit[1]), one),
+                          _mm256_madd_epi16(_mm256_add_epi16(zeros[0], zeros[1]), each_zero));
+}
+
+inline __m256i curves_for(__m256i deficits_and_zeros) {
+  const __m256i deficit = _mm256_and_si256(deficits_and_zeros, all((1u << kZeroShift) - 1u));
+  const __m256i count = _mm256_sub_epi32(all(kBlock8), _mm256_srli_epi32(deficits_and_zeros, kZeroShift));
   __m256i curves = _mm256_setzero_si256();
   for (const int32_t mean : {kSteeper, kSquareRoot, kFourthRoot})
     curves = _mm256_sub_epi32(curves, _mm256_cmpgt_epi32(deficit, _mm256_mullo_epi32(count, all(uint32_t(mean)))));
@@ -177,28 +187,30 @@ inline __m256i largest_of(const float* in) {
 inline uint32_t encode_signed(const float* in, int count, uint8_t* out, uint16_t* scales) {
   const auto sum = [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); };
   const auto maximum = [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); };
-  const CurveTable& table = curve_table();
-  alignas(32) uint32_t top[kBlocks8];
-  alignas(32) int32_t nonzero[kBlocks8];
+  alignas(32) uint32_t top[kBlocks8], top_half[kBlocks8];
   alignas(32) uint32_t halvings[kBlocks8], bias[kBlocks8];
   alignas(32) float gain[kBlocks8], reach[kBlocks8];
   __m256i v[kBlocks8];
   uint32_t rare = 0;
   for (int b = 0; b < count; ++b) v[b] = largest_of(in + b * kBlock8);
-  for (int b = count; b < padded(count); ++b) v[b] = _mm256_setzero_si256(), nonzero[b] = 0;
-  for (int b = 0; b < count; b += kLanes8) put(top + b, over_lanes(v + b, maximum));
-  for (int b = 0; b < count; ++b) nonzero[b] = deficits(in + b * kBlock8, top[b], v[b]);
+  for (int b = count; b < padded(count); ++b) v[b] = _mm256_setzero_si256();
+  for (int b = 0; b < count; b += kLanes8) {
+    const __m256i largest = over_lanes(v + b, maximum);
+    put(top + b, largest);
+    put(top_half + b, high_halves_less_one(largest));
+  }
+  for (int b = 0; b < count; ++b) v[b] = deficits(in + b * kBlock8, all(top_half[b]));
   for (int b = 0; b < count; b += kLanes8) {
     const __m256i largest = _mm256_load_si256(reinterpret_cast<const __m256i*>(top + b));
-    const __m256i curves = curves_for(over_lanes(v + b, sum), _mm256_load_si256(reinterpret_cast<const __m256i*>(nonzero + b)));
+    const __m256i curves = curves_for(over_lanes(v + b, sum));
     const __m256i words = scales_signed(largest, curves);
     const __m256 tops = tops_of(words, curves);
     store_scales(scales + b, words);
     const __m256 there = _mm256_cmp_ps(tops, _mm256_setzero_ps(), _CMP_GT_OQ);
-    put(gain + b, _mm256_and_ps(_mm256_div_ps(look_up(table.bend, curves), tops), there));
-    put(reach + b, look_up(table.reach, curves));
-    put(halvings + b, look_up(table.halvings, curves));
-    put(bias + b, look_up(table.bias, curves));
+    put(gain + b, _mm256_and_ps(_mm256_div_ps(look_up(kCurveTable.bend, curves), tops), there));
+    put(reach + b, look_up(kCurveTable.reach, curves));
+    put(halvings + b, look_up(kCurveTable.halvings, curves));
+    put(bias + b, look_up(kCurveTable.bias, curves));
     rare |= mask_bits(_mm256_cmpgt_epi32(largest, all(kInfinity - 1u))) << b;
   }
   const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);

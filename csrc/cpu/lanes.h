@@ -211,13 +211,13 @@ FUSED_HD Pair join8_bf16_by_parity(const uint16_t* param, const int8_t* low) {
   return join_bf16(load16(param), _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 8));
 }
 
+// Not for NaN other than the canonical one: its low 8 bits, and those of infinity, are zero, so that nothing carries into others.
 FUSED_HD __m256i keep24(Lanes a, __m256i round) {
-  const __m256i u = canonical_bits(a);
-  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(kInfinity)), magnitude_of(u));
-  return _mm256_andnot_si256(_mm256_set1_epi32(0xff), _mm256_add_epi32(u, _mm256_and_si256(round, finite)));
+  return _mm256_andnot_si256(_mm256_set1_epi32(0xff), _mm256_add_epi32(a.bits(), round));
 }
 
 FUSED_HD void split8_bf16_by_parity(uint16_t* param, int8_t* low, Pair v, Rounding round) {
+  v = canonical(v);
   const __m256i a = keep24(v.a, round.a), b = keep24(v.b, round.b), half = _mm256_set1_epi32(0x8000);
   store16(param, high_halves(_mm256_add_epi32(a, half), _mm256_add_epi32(b, half)));
   const __m256i rest = _mm256_srli_epi16(low_halves(a, b), 8);
