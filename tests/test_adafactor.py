@@ -21,6 +21,11 @@ SHAPES = [
     pytest.param((1023, 1025), id="1023x1025"),
     pytest.param((4, 65, 3, 3), id="convolution"),
 ]
+# Many small matrices: elements, rows, columns; more than a block, a chunk and a tile hold; the largest, and one larger.
+SMALL = [
+    *((300, 1, 1), (9, 1, 1), (40, 1, 37), (40, 37, 1), (70, 11, 3, 5), (5, 30, 7, 7), (5000, 4, 4), (9, 2, 2)),
+    *((12, 16, 16), (11, 16, 17), (8, 1, 256), (8, 256, 1), (31, 2, 3), (7, 3, 3)),
+]
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -148,6 +153,12 @@ def test_follows_the_paper(backend: Backend, variant: str, shape: tuple[int, ...
     assert float(optimizer.state[param]["step"]) == 8
 
 
+@pytest.mark.parametrize("variant", ["torch", "paper", "hugging-face", "big-vision"])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_small_matrices(backend: Backend, variant: str, shape: tuple[int, ...]) -> None:
+    test_follows_the_paper(backend, variant, shape)
+
+
 def test_float64(backend: Backend) -> None:
     if backend.device.type != "cpu":
         pytest.skip("float64 is tested on the CPU")
@@ -155,7 +166,7 @@ def test_float64(backend: Backend) -> None:
 
 
 def check_float64(backend: Backend, matrix: tuple[int, int]) -> None:
-    for shape in ((6,), matrix, (2, 3, 4)):
+    for shape in ((6,), matrix, (2, 3, 4), (50, 3, 4)):
         param = torch.randn(shape, dtype=torch.float64).requires_grad_()
         expected, state = param.detach().clone(), {}
         optimizer = fused.Adafactor([param], backend=backend.name, weight_decay=0.1)
@@ -637,6 +648,7 @@ def test_bytes_per_parameter() -> None:
 def test_deterministic(threads: None, isas: list[str]) -> None:
     """The same bits for any number of threads and any instruction set, whether a tensor is divided or not."""
     shapes = [(700, 900), (3, 70000), (40000, 5), (300, 16, 3, 3), (5, 300, 400), (200000,), (64, 64), (7,), (1, 9)]
+    shapes += [(150000, 1, 1), (300, 100, 2, 3), (20, 3, 1, 7)]
     starts, grads = [torch.randn(s) for s in shapes], [gradients(s, 2) for s in shapes]
     expected: list[Tensor] | None = None
     for isa in isas:

@@ -36,7 +36,7 @@ def check(case: str, backend: Backend) -> None:
     """The tests of one optimizer; raises AssertionError where one fails."""
     if case == "Adafactor":
         for variant in test_adafactor.VARIANTS:
-            for shape in ((5,), (33, 70), (2, 3, 40, 9)):
+            for shape in ((5,), (33, 70), (2, 3, 40, 9), (70, 11, 3, 5)):
                 test_adafactor.test_follows_the_paper(backend, variant, shape)
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

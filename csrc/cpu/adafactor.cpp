@@ -46,14 +46,14 @@ std::vector<Piece> pieces_of(const std::vector<AdafactorJob*>& jobs, int64_t Ada
 
 // Doubles that a thread needs beside the workspace, for sums of one whole matrix.
 int64_t scratch_of(const AdafactorJob& job) {
-  return job.tiling.group > 0 ? job.factored->rows + job.factored->cols : 0;
+  return job.tiling.group > 0 && !job.tiling.small ? job.factored->rows + job.factored->cols : 0;
 }
 
 void apply_chunks(const AdafactorKernels& kernels, const AdafactorJob& job, int64_t first, int64_t last) {
   kernels.apply(job, first * kChunk, std::min(last * kChunk, job.row->numel));
 }
 
-bool needs_norm(const AdafactorJob& job) { return job.tiling.factored && Adafactor::clips(job.group->hyper); }
+bool needs_norm(const AdafactorJob& job) { return job.tiling.divided() && Adafactor::clips(job.group->hyper); }
 
 // Every pass over one tensor.
 void whole_step(const AdafactorKernels& kernels, AdafactorJob& job, double* scratch) {
@@ -78,7 +78,8 @@ int thread_number() {
 }  // namespace
 
 AdafactorTiling::AdafactorTiling(const TensorRow& row, const FactoredRow& f)
-    : factored(f.row_var != nullptr), group(0), width(0), lines(0), col_tiles(0), row_tiles(0), row_units(0), col_units(0),
+    : factored(f.row_var != nullptr), small(factored && f.rows * f.cols <= kSmall && f.lead >= kFew), group(0), width(0),
+      lines(0), col_tiles(0), row_tiles(0), row_units(0), col_units(0),
       tiles(ceil_div(row.numel, kElements)), chunks(ceil_div(row.numel, kChunk)), units(0) {
   if (!factored) return;
   if (f.rows * f.cols <= kElements) {
@@ -109,11 +110,11 @@ int64_t AdafactorJob::carve(double* memory) {
     used += n;
     return place;
   };
-  const bool divided = tiling.units > 0;
+  const bool divided = tiling.divided(), kept = tiling.factored && !tiling.small;
   param_squares = take(tiling.tiles);
-  update_squares = take(tiling.factored ? tiling.chunks : tiling.tiles);
-  mean = take(tiling.factored ? factored->lead : 0);
-  col_factor = take(tiling.factored ? factored->lead * factored->cols : 0);
+  update_squares = take(divided ? tiling.chunks : tiling.tiles);
+  mean = take(kept ? factored->lead : 0);
+  col_factor = take(kept ? factored->lead * factored->cols : 0);
   row_part = take(divided ? factored->lead * factored->rows * tiling.col_tiles : 0);
   col_part = take(divided ? factored->lead * tiling.row_tiles * factored->cols : 0);
   mean_part = take(divided ? factored->lead * tiling.row_units : 0);
@@ -121,7 +122,7 @@ int64_t AdafactorJob::carve(double* memory) {
 }
 
 void AdafactorJob::finish_means() {
-  if (tiling.units == 0) return;
+  if (!tiling.divided()) return;
   for (int64_t m = 0; m < factored->lead; ++m)
     mean[m] = max_nan(sum(mean_part + m * tiling.row_units, tiling.row_units) / double(factored->rows), moments.least_mean);
 }
@@ -129,7 +130,7 @@ void AdafactorJob::finish_means() {
 void AdafactorJob::finish_step() {
   const double numel = double(row->numel);
   const double params = sum(param_squares, tiling.tiles);
-  const double updates = Adafactor::clips(group->hyper) ? sum(update_squares, tiling.factored ? tiling.chunks : tiling.tiles) : 0.0;
+  const double updates = Adafactor::clips(group->hyper) ? sum(update_squares, tiling.divided() ? tiling.chunks : tiling.tiles) : 0.0;
   step = Adafactor::step(group->hyper, factored->flags, context.step, std::sqrt(params / numel), std::sqrt(updates / numel));
 }
 

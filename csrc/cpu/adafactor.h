@@ -17,15 +17,21 @@ struct AdafactorTiling {
   static constexpr int64_t kWidth = 8192;      // its columns at most
   static constexpr int64_t kLines = 32;        // its lines at least, or column sums would be a large part of the traffic
   static constexpr int64_t kUnit = 4096;       // rows or columns that are combined at once
+  static constexpr int64_t kSmall = 256;       // elements of a small matrix at most; several are computed at once
+  static constexpr int64_t kFew = 8;           // fewer of them would leave most lanes empty
 
   explicit AdafactorTiling(const TensorRow& row, const FactoredRow& factored);
 
   bool factored;
+  bool small;                    // many small matrices
   int64_t group;                 // whole matrices in a tile; 0: matrices are divided
   int64_t width, lines;          // of a tile of a divided matrix
   int64_t col_tiles, row_tiles;  // of a divided matrix
   int64_t row_units, col_units;  // of a divided matrix
   int64_t tiles, chunks, units;  // of the tensor
+
+  // Whether a matrix is divided, so that sums and averages of all its tiles come before the first update.
+  bool divided() const { return factored && group == 0; }
 };
 
 // One tensor in one step.
@@ -48,9 +54,9 @@ struct AdafactorJob {
   bool wide;  // float64
 
   double* param_squares;   // per tile
-  double* update_squares;  // per chunk, or per tile where not factored
-  double* mean;            // per matrix, bounded from below
-  void* col_factor;        // lead x cols, of the arithmetic's type
+  double* update_squares;  // per tile; of divided matrices per chunk
+  double* mean;            // per matrix, bounded from below; not of small ones
+  void* col_factor;        // lead x cols, of the arithmetic's type; not of small matrices
   double* row_part;        // divided matrices: lead x rows x col_tiles
   double* col_part;        // divided matrices: lead x row_tiles x cols
   double* mean_part;       // divided matrices: lead x row_units

@@ -1,8 +1,9 @@
 // Adafactor's passes for one instruction set; adafactor.cpp says in which order. Included by kernels.cpp alone.
 //
-//   stats    sums of g^2 by row and column, and of p^2, over one tile; the variance where a tensor is not factored
-//   combine  sums of several tiles -> averaged rows, averaged columns
-//   norm     sum of the squared updates over one chunk
+//   stats    sums of p^2 and, by row and column, of g^2 over one tile; of whole matrices, and where a tensor is not
+//            factored, also the averages and the sum of the squared updates
+//   combine  of divided matrices: sums of several tiles -> averaged rows, averaged columns
+//   norm     of divided matrices: sum of the squared updates over one chunk
 //   apply    the parameters of a range
 #pragma once
 
@@ -10,60 +11,13 @@
 #include <cstring>
 
 #include "adafactor.h"
-#include "storage.h"
+#include "adafactor_small.h"
+#include "adafactor_sums.h"
+#include "ahead.h"
 
 namespace fused {
 namespace FUSED_ISA {
 namespace {
-
-// Sums take sixteen lanes and a fixed tree, at most kBlock elements at a time: the same bits for every instruction set.
-constexpr int kSumLanes = 16;
-
-template <class T>
-double sum_lanes(const T* lane) {
-  double wide[kSumLanes];
-  for (int l = 0; l < kSumLanes; ++l) wide[l] = double(lane[l]);
-  for (int width = kSumLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) wide[l] += wide[l + width];
-  return wide[0];
-}
-
-// The sum of value(i) over [0, n).
-template <class T, class Value>
-double sum_of(int64_t n, Value value) {
-  if (n < kSumLanes) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += double(value(i));
-    return sum;
-  }
-  T lane[kSumLanes] = {};
-  int64_t i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes)
-    for (int l = 0; l < kSumLanes; ++l) lane[l] += value(i + l);
-  for (int l = 0; i + l < n; ++l) lane[l] += value(i + l);
-  return sum_lanes(lane);
-}
-
-template <class T>
-const T* load_param_as(const TensorRow& row, int64_t begin, int64_t n, T* buffer) {
-  if constexpr (sizeof(T) == 8) {
-    return static_cast<const T*>(row.param) + begin;
-  } else {
-    return load_param(row, begin, n, buffer);
-  }
-}
-
-template <class T>
-T gradient_factor(const AdafactorJob& job) {
-  return T(job.context.grad_factor * job.group->grad_sign);
-}
-
-template <class T>
-double sum_param_squares(const AdafactorJob& job, int64_t begin, int64_t n, T* buffer) {
-  if ((job.factored->flags & Adafactor::kScaleParameter) == 0) return 0.0;
-  const T* __restrict p = load_param_as<T>(*job.row, begin, n, buffer);
-  return sum_of<T>(n, [p](int64_t i) { return p[i] * p[i]; });
-}
 
 // ---- sums by row and column ----
 
@@ -149,14 +103,78 @@ void finish_cols(const AdafactorJob& job, int64_t m, int64_t begin, int64_t end,
   }
 }
 
+// ---- inverse roots of the second moment, and the sum of squared updates ----
+
+template <class T>
+void fill_roots(const AdafactorJob& job, int64_t begin, int64_t n, T* __restrict out) {
+  const T limit = T(job.moments.limit);
+  if (!job.tiling.factored) {
+    const T* __restrict var = static_cast<const T*>(job.factored->variance) + begin;
+    for (int64_t i = 0; i < n; ++i) out[i] = Adafactor::bounded(Adafactor::inverse_root(var[i]), limit);
+    return;
+  }
+  const int64_t rows = job.factored->rows, cols = job.factored->cols;
+  const T* row_var = static_cast<const T*>(job.factored->row_var);
+  int64_t line = begin / cols, c = begin % cols, m = line / rows, next = (m + 1) * rows;
+  const T* col_factor = static_cast<const T*>(job.col_factor) + m * cols;
+  T mean = T(job.mean[m]);
+  for (int64_t i = 0; i < n; ++line) {
+    if (line == next) {
+      mean = T(job.mean[++m]);
+      next += rows;
+      col_factor += cols;
+    }
+    const T row_factor = Adafactor::row_factor(mean, row_var[line]);
+    const T* __restrict factor = col_factor + c;
+    const int64_t count = std::min(cols - c, n - i);
+    for (int64_t k = 0; k < count; ++k) out[i + k] = Adafactor::bounded(row_factor * factor[k], limit);
+    i += count;
+    c = 0;
+  }
+}
+
+// Room for the roots of a block: with those of the whole matrices that it touches, where matrices are small.
+constexpr int64_t kRoots = kBlock + 2 * AdafactorTiling::kSmall;
+
+// The inverse roots of the second moments of elements [begin, begin + n), somewhere in `buffer`.
+template <class T>
+const T* roots_of(const AdafactorJob& job, int64_t begin, int64_t n, T* buffer) {
+  if (job.tiling.small) return small_roots<T>(job, begin, n, buffer);
+  fill_roots<T>(job, begin, n, buffer);
+  return buffer;
+}
+
+template <class T>
+double sum_update_squares(const AdafactorJob& job, int64_t begin, int64_t end) {
+  alignas(64) T buffer[kBlock];
+  alignas(64) T root[kBlock];
+  const T factor = gradient_factor<T>(job);
+  double total = 0.0;
+  for (int64_t b = begin; b < end; b += kBlock) {
+    const int64_t n = std::min(kBlock, end - b);
+    fill_roots<T>(job, b, n, root);
+    const T* __restrict g = load(job.row->grad_format, job.row->grad, b, n, buffer);
+    const T* __restrict x = root;
+    total += sum_of<T>(n, [=](int64_t i) {
+      const T update = g[i] * factor * x[i];
+      return update * update;
+    });
+  }
+  return total;
+}
+
+// ---- stats and combine ----
+
 template <class T>
 void whole_matrices(const AdafactorJob& job, int64_t tile, double* scratch) {
   const FactoredRow& shape = *job.factored;
   double* row_sums = scratch;
   double* col_sums = scratch + shape.rows;
+  const int64_t size = shape.rows * shape.cols;
+  const int64_t first = tile * job.tiling.group, last = std::min(shape.lead, first + job.tiling.group);
   double param_sum = 0.0;
-  for (int64_t m = tile * job.tiling.group; m < std::min(shape.lead, (tile + 1) * job.tiling.group); ++m) {
-    const int64_t begin = m * shape.rows * shape.cols;
+  for (int64_t m = first; m < last; ++m) {
+    const int64_t begin = m * size;
     for (int64_t c = 0; c < shape.cols; c += AdafactorTiling::kWidth)
       param_sum += sum_tile<T>(job, begin + c, shape.rows, std::min(AdafactorTiling::kWidth, shape.cols - c), shape.cols,
                                row_sums, 1, c > 0, col_sums + c);
@@ -165,6 +183,7 @@ void whole_matrices(const AdafactorJob& job, int64_t tile, double* scratch) {
     job.mean[m] = max_nan(total / double(shape.rows), job.moments.least_mean);
   }
   job.param_squares[tile] = param_sum;
+  job.update_squares[tile] = Adafactor::clips(job.group->hyper) ? sum_update_squares<T>(job, first * size, last * size) : 0.0;
 }
 
 template <class T>
@@ -209,6 +228,7 @@ void unfactored(const AdafactorJob& job, int64_t tile) {
 template <class T>
 void stats_as(const AdafactorJob& job, int64_t tile, double* scratch) {
   if (!job.tiling.factored) return unfactored<T>(job, tile);
+  if (job.tiling.small) return small_matrices<T>(job, tile);
   if (job.tiling.group > 0) return whole_matrices<T>(job, tile, scratch);
   divided_matrix<T>(job, tile);
 }
@@ -231,53 +251,9 @@ void combine_as(const AdafactorJob& job, int64_t unit) {
 
 // ---- updates ----
 
-// The inverse roots of the second moments of elements [begin, begin + n).
-template <class T>
-void fill_roots(const AdafactorJob& job, int64_t begin, int64_t n, T* __restrict out) {
-  const T limit = T(job.moments.limit);
-  if (!job.tiling.factored) {
-    const T* __restrict var = static_cast<const T*>(job.factored->variance) + begin;
-    for (int64_t i = 0; i < n; ++i) out[i] = Adafactor::bounded(Adafactor::inverse_root(var[i]), limit);
-    return;
-  }
-  const int64_t rows = job.factored->rows, cols = job.factored->cols;
-  const T* row_var = static_cast<const T*>(job.factored->row_var);
-  int64_t line = begin / cols, c = begin % cols, m = line / rows, next = (m + 1) * rows;
-  const T* col_factor = static_cast<const T*>(job.col_factor) + m * cols;
-  T mean = T(job.mean[m]);
-  for (int64_t i = 0; i < n; ++line) {
-    if (line == next) {
-      mean = T(job.mean[++m]);
-      next += rows;
-      col_factor += cols;
-    }
-    const T row_factor = Adafactor::row_factor(mean, row_var[line]);
-    const T* __restrict factor = col_factor + c;
-    const int64_t count = std::min(cols - c, n - i);
-    for (int64_t k = 0; k < count; ++k) out[i + k] = Adafactor::bounded(row_factor * factor[k], limit);
-    i += count;
-    c = 0;
-  }
-}
-
 template <class T>
 void norm_as(const AdafactorJob& job, int64_t chunk) {
-  alignas(64) T buffer[kBlock];
-  alignas(64) T root[kBlock];
-  const T factor = gradient_factor<T>(job);
-  const int64_t from = chunk * kChunk, to = std::min(job.row->numel, from + kChunk);
-  double total = 0.0;
-  for (int64_t b = from; b < to; b += kBlock) {
-    const int64_t n = std::min(kBlock, to - b);
-    fill_roots(job, b, n, root);
-    const T* __restrict g = load(job.row->grad_format, job.row->grad, b, n, buffer);
-    const T* __restrict x = root;
-    total += sum_of<T>(n, [=](int64_t i) {
-      const T update = g[i] * factor * x[i];
-      return update * update;
-    });
-  }
-  job.update_squares[chunk] = total;
+  job.update_squares[chunk] = sum_update_squares<T>(job, chunk * kChunk, std::min(job.row->numel, (chunk + 1) * kChunk));
 }
 
 template <class T>
@@ -299,12 +275,15 @@ void apply_block(const AdafactorJob& job, int64_t n, T* __restrict p, const T* _
 template <class T>
 void apply_as(const AdafactorJob& job, int64_t begin, int64_t end) {
   Buffers<T> buffer;
-  alignas(64) T root[kBlock];
+  alignas(64) T room[kRoots];
   const TensorRow& row = *job.row;
   const bool has_moment = Adafactor::has_moment(job.group->hyper);
   for (int64_t b = begin; b < end; b += kBlock) {
     const int64_t n = std::min(kBlock, end - b);
-    fill_roots(job, b, n, root);
+    Ahead ahead(row, b + n, std::min(kBlock, end - b - n), 2);
+    ahead.fetch();
+    const T* root = roots_of<T>(job, b, n, room);
+    ahead.fetch();
     const T* g = load(row.grad_format, row.grad, b, n, buffer.grad);
     T* p = const_cast<T*>(load_param_as<T>(row, b, n, buffer.param));
     if constexpr (sizeof(T) == 8) {

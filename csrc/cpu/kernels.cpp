@@ -10,9 +10,9 @@
 #include <type_traits>
 
 #include "../formats.h"
-#include "../prefetch.h"
 #include "../rules.h"
 #include "adafactor_kernels.h"
+#include "ahead.h"
 #include "gradients.h"
 #include "registers.h"
 #include "storage.h"
@@ -63,29 +63,6 @@ typename Rule::template Constants<T> constants_for(const GroupRow& group, const 
   cache.wide = kWide;
   return constants;
 }
-
-// Parameters and gradients of the block after this one, a part before each conversion. Blocks end where pages end, and the
-// processor itself looks no further: without this, memory would rest while a block is converted and converted back.
-struct Ahead {
-  const char *param, *grad;
-  int64_t param_bytes, grad_bytes, at = 0, part;
-
-  Ahead(const TensorRow& row, int64_t begin, int64_t n, int parts)
-      : param(static_cast<const char*>(row.param)), grad(static_cast<const char*>(row.grad)) {
-    param += begin * bytes_of(row.param_format), param_bytes = n * bytes_of(row.param_format);
-    grad += begin * bytes_of(row.grad_format), grad_bytes = n * bytes_of(row.grad_format);
-    part = (std::max(param_bytes, grad_bytes) / parts + kLine) / kLine * kLine;
-  }
-
-  void fetch() {
-    for (int64_t end = at + part; at < end; at += kLine) {
-      if (at < param_bytes) prefetch(param + at);
-      if (at < grad_bytes) prefetch(grad + at);
-    }
-  }
-
-  static constexpr int64_t kLine = 64;
-};
 
 template <class Rule>
 void update_float(const TensorRow& row, const GroupRow& group, int64_t begin, int64_t end, const UpdateContext& context) {
