@@ -159,6 +159,20 @@ def test_small_matrices(backend: Backend, variant: str, shape: tuple[int, ...]) 
     test_follows_the_paper(backend, variant, shape)
 
 
+@pytest.mark.parametrize("eps1_mode", ["clamp", "add"])
+def test_zero_gradient_of_a_single_element(backend: Backend, eps1_mode: str) -> None:
+    """torch.optim squares the epsilon: with the published 1e-30 that is 0 in float32, and 0 / 0 a NaN."""
+    start, g = torch.randn(20, 3, 1, 1), torch.randn(20, 3, 1, 1)
+    g[7, 1] = g[19, 2] = 0.0
+    param = start.clone().to(backend.device).requires_grad_()
+    optimizer = fused.Adafactor([param], eps=(1e-30, 1e-3), eps1_mode=eps1_mode, backend=backend.name)
+    for _ in range(2):
+        poison_free_step(optimizer, param, g.to(backend.device))
+    moved = param.detach().cpu() != start
+    assert torch.equal(moved, g != 0)
+    assert bool(param.isfinite().all())
+
+
 def test_float64(backend: Backend) -> None:
     if backend.device.type != "cpu":
         pytest.skip("float64 is tested on the CPU")
