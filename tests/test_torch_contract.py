@@ -20,6 +20,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fused
+from fused.backends.turns import span_of, turns_of
 from fused.optimizer import OPTIMIZER_OPTIONS
 from fused.precision import GROUP_OPTIONS
 from fused.rules import RULES
@@ -186,6 +187,65 @@ def test_a_live_option_that_is_no_number_is_named(backend: Backend) -> None:
     optimizer.param_groups[0].pop("eps")
     with pytest.raises(KeyError, match="parameter group 0 has no option 'eps'"):
         optimizer.step()
+
+
+@each_case
+def test_parameters_in_each_others_memory_take_turns(case: Case, threads: None) -> None:
+    torch.set_num_threads(2)
+    size, step = 1 << 17, 1 << 15
+    apart, tied = [(0, size), (size, 2 * size)], [(0, size), (step, size + step)]
+    memory = torch.randn(1, 2 * size).repeat(2, 1)
+    params = [[torch.nn.Parameter(row[start:end]) for start, end in tied] for row in memory]
+    optimizers = [case.make(each, backend=backend) for each, backend in zip(params, (None, "reference"), strict=True)]
+    for places in (tied, apart, [apart[0]] * 2):  # moved between steps, as tied weights are, through .data
+        for row, each in zip(memory, params, strict=True):
+            for p, (start, end) in zip(each, places, strict=True):
+                p.data = row[start:end]
+        for _ in range(4):
+            for p, q in zip(*params, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(memory[0], memory[1], rtol=1e-5, atol=1e-6)
+
+
+def test_views_between_each_other_are_stepped_at_once() -> None:
+    matrix = torch.zeros(5, 12)
+    apart: list[list[Tensor]] = [
+        [matrix[:, i] for i in range(12)],
+        [matrix[:, :4], matrix[:, 4:8], matrix[:, 8:]],
+        [matrix[::2], matrix[1::2]],
+        [matrix.view(-1)[::2], matrix.view(-1)[1::2]],
+        [matrix[:2], matrix[2], matrix[3:].t(), matrix[:0]],
+    ]
+    for views in apart:
+        assert turns_of([span_of(view) for view in views]) == [0] * len(views)
+    crossing: list[list[Tensor]] = [
+        [matrix[:, 3], matrix[1]],
+        [matrix[:, :5], matrix[:, 4:]],
+        [matrix, matrix.t()],
+        [matrix.view(-1)[::2], matrix.view(-1)[::3]],
+        [matrix[0, 0], matrix[:, 0]],
+        [matrix[0].expand(3, 12), matrix[0, 5:]],
+    ]
+    for views in crossing:
+        assert turns_of([span_of(view) for view in views]) == [0, 1]
+    assert turns_of([span_of(view) for view in (matrix[1], matrix[:, 3], matrix[2], matrix)]) == [0, 1, 2, 3]
+
+
+@each_counterpart
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_stands_twice_is_stepped_twice_wherever_it_moves(case: Case, backend: Backend) -> None:
+    ours, theirs = twins(((3, 4),))
+    optimizer, reference = case.make(ours * 2, backend=backend.name), case.make_counterpart(theirs * 2, foreach=False)
+    for _ in range(3):
+        same_gradients(ours, theirs)
+        optimizer.step()
+        reference.step()
+        for p in (*ours, *theirs):
+            p.data = p.data.clone()
+    assert_close(ours, theirs)
 
 
 def test_adafactors_options_that_are_off(backend: Backend) -> None:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..state import local
+from .turns import has_memory, span_of, turns_of
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -173,31 +172,29 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
     """Divides the optimizer's parameters into batches by backend and device.
 
     A parameter that stands in a group more than once (torch warns of it) is stepped as often, one time after the other
-    as by torch.optim's loop: every time but the first in a batch of its own.
+    as by torch.optim's loop, and so are parameters that lie in each other's memory: every turn has batches of its own.
     """
+    compiling = torch.compiler.is_compiling()  # one after the other anyway
     requested = optimizer._options["backend"]
     places: dict[tuple[int, str, torch.device], list[int]] = {}
     times: dict[Tensor, int] = {}
+    spans = [None if compiling else span_of(param) for _, _, param in optimizer._parameters()]
+    turns = turns_of(spans)
     for index, (group, _, param) in enumerate(optimizer._parameters()):
         device = local(param).device
         in_torch = (
             optimizer.param_groups[group].get("differentiable")
-            or torch.compiler.is_compiling()
+            or compiling
             or not has_memory(local(param))
         )
         name = "reference" if in_torch else choose(device, requested, optimizer._kernels)
-        time = times[param] = times.get(param, -1) + 1
+        time = times[param] = max(times.get(param, -1) + 1, turns[index])
         places.setdefault((time, name, device), []).append(index)
     batches: list[Batch] = []
     for (time, name, device), indices in sorted(places.items(), key=lambda item: item[0][0]):
         batches.append(_batch_class(name, optimizer._kernels)(optimizer, device, indices))
         batches[-1].again = time > 0
     return batches
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie in memory of its own: fake tensors, and those made of others, have none."""
-    return not (isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor))
 
 
 def _batch_class(name: str, kernels: str) -> Any:

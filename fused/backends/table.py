@@ -18,6 +18,7 @@ from ..rules import MAY_BE_OFF, RULES, Hyper
 from ..state import local, real
 from ..validation import check_hypers, check_row
 from . import extension
+from .turns import span_of, turns_of
 
 if TYPE_CHECKING:
     from ..optimizer import FusedOptimizer
@@ -47,8 +48,11 @@ class TableBatch:
         self.staged: dict[int, list[Tensor]] = {}
         self.write_back: list[tuple[Tensor, Tensor]] = []
         self.row_values = torch.zeros((len(self.members), 2), dtype=torch.float64, device=device)
-        for index, (_, _, param) in enumerate(self.members):
-            self.table.bind(index, param, index not in self.mine, None, {"foreign": index not in self.mine})
+        self.devices = [local(param).device for _, _, param in self.members]
+        self.spans = [span_of(param) for _, _, param in self.members]
+        self.turns = turns_of(self.spans)
+        for index in range(len(self.members)):
+            self._bind_unready(index)
 
     def refresh(self) -> bool:
         """Brings the table up to date; see :class:`fused.plan.Batch`."""
@@ -56,20 +60,41 @@ class TableBatch:
         if attention is None:
             return False
         if attention:
-            if any(local(self.members[index][2]).device != self.device for index in attention):
+            if self._moved(attention):
                 return False
             self.write_back.clear()
-            for index in attention:
+            mine = [index for index in attention if index in self.mine]
+            for index in mine:
                 self._check(index)
-            self._check_capture(attention)
+            self._check_capture(mine)
             for index in attention:
-                self._bind(index)
+                if index in self.mine:
+                    self._bind(index)
+                else:
+                    self._bind_unready(index)
         try:
             self.table.read_hypers(self.optimizer.param_groups, self.rule_of_group)
         except (TypeError, IndexError, ValueError, RuntimeError):
             check_hypers(self.optimizer.param_groups, [rule.hypers for rule in self.rules])
             raise
         return True
+
+    def _moved(self, attention: Sequence[int]) -> bool:
+        """Whether parameters lie where other batches are wanted: on another device, or in each other's memory."""
+        moved = False
+        for index in attention:
+            param = self.members[index][2]
+            if local(param).device != self.devices[index]:
+                return True
+            span = span_of(param)
+            moved |= span != self.spans[index]
+            self.spans[index] = span
+        return moved and turns_of(self.spans) != self.turns
+
+    def _bind_unready(self, index: int) -> None:
+        """Describes a row without an update: of another batch, or before the first step."""
+        foreign = index not in self.mine
+        self.table.bind(index, self.members[index][2], foreign, None, {"foreign": foreign})
 
     def _finish(self) -> None:
         """After the update: write copies back, tell autograd."""
