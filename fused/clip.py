@@ -194,6 +194,11 @@ class Gradients:
         if extension is not None and not torch.compiler.is_compiling():
             self.rows = extension.GradientRows(items, of_params)
             self.taken, self.rest = self.rows.tensors, self.rows.rest
+            once = {id(grad): grad for grad in self.taken}
+            if len(once) != len(self.taken):  # all rows are written to at once: every further time comes after
+                again = [grad for grad in self.taken if once.pop(id(grad), None) is None]
+                self.rows = extension.GradientRows(list({id(grad): grad for grad in self.taken}.values()), False)
+                self.taken, self.rest = self.rows.tensors, [*self.rest, *again]
         else:
             self.rest = [g for g in ([p.grad for p in items] if of_params else items) if g is not None]
         for grad in self.rest:

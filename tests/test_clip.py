@@ -229,6 +229,19 @@ def test_a_step_does_not_ask_for_the_default_device(backend: Backend) -> None:
     assert optimizer.state[p]["step"] == 8 and optimizer.grad_norm is not None
 
 
+def test_a_gradient_that_stands_twice_is_scaled_twice(path: str) -> None:
+    def params() -> list[torch.nn.Parameter]:
+        p, q = parameter(torch.full((1 << 18,), 2.0)), parameter(torch.ones(3))
+        return [p, q, p, p]
+
+    ours, theirs = params(), params()
+    torch.testing.assert_close(fused.clip_grad_norm_(ours, 1.0), torch_clip_grad_norm_(theirs, 1.0))
+    assert_close(grads_of(ours), grads_of(theirs))
+    seen = clip.Gradients(ours, of_params=True)
+    assert len({grad.data_ptr() for grad in seen.taken}) == len(seen.taken)  # kernels write to all of these at once
+    assert len(seen.taken) + len(seen.rest) == 4
+
+
 def test_complex_gradients(path: str) -> None:
     grads = [torch.randn(33, dtype=torch.complex64), torch.randn(5, dtype=torch.complex128)]
     for norm_type in (2.0, INF):
