@@ -248,6 +248,22 @@ def test_a_parameter_that_stands_twice_is_stepped_twice_wherever_it_moves(case: 
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("freed", ["parameter", "gradient", "exp_avg_sq"])
+def test_freed_memory_is_refused(freed: str) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = fused.AdamW([p, q])
+    for each in (p, q):
+        each.grad = torch.ones(4)
+    if freed != "gradient":
+        optimizer.step()
+    before = p.detach().clone()
+    tensor = {"parameter": q.data, "gradient": q.grad, **optimizer.state[q]}[freed]
+    tensor.untyped_storage().resize_(0)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=rf"memory of '{freed}' of parameter 1 of its group .* is freed"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_adafactors_options_that_are_off(backend: Backend) -> None:
     p = torch.nn.Parameter(torch.ones(2, 3, device=backend.device))
     p.grad = torch.ones_like(p)

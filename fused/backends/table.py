@@ -112,6 +112,11 @@ class TableBatch:
         """Raises where a row cannot be stepped, before anything is changed."""
         g, i, param = self.members[index]
         check_row(self.optimizer, self.optimizer.param_groups[g], i, param)
+        if param.grad is not None:
+            state = self.optimizer.state.get(param, {})
+            for kind, tensor in (("parameter", param), ("gradient", param.grad), *state.items()):
+                if isinstance(tensor, Tensor) and _is_freed(local(tensor)):
+                    raise RuntimeError(f"the memory of '{kind}' of {self._name(index)} is freed: its storage is empty")
 
     def _check_capture(self, indices: Sequence[int]) -> None:
         """Raises where a graph would make state: anew, that is, whenever it is replayed."""
@@ -229,6 +234,10 @@ def _laid_out(state: dict[str, Any], name: str, dense: Tensor) -> Tensor:
     else:
         state[name]._local_tensor = copy
     return copy
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.numel() != 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def makes_gradients(param: Tensor) -> bool:
