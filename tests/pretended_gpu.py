@@ -17,6 +17,7 @@ import pytest
 import torch
 from cuda_on_cpu.backend import CudaOnCpu
 from cuda_on_cpu.build import build
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 NAME, MEMORY = "NVIDIA H100 80GB HBM3", 80 << 30
@@ -57,14 +58,14 @@ class OnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (*args, *(kwargs or {}).values())
         name = getattr(func, "__name__", "")
-        places = [(getattr(t, PLACE, None), t.dim()) for t in tensors_in(list(given))]
+        places = [(getattr(t, PLACE, None), not is_lazy(t) and t.dim() > 0) for t in tensors_in(list(given))]
         found = {place for place, _ in places}
-        if name not in MOVES and "gpu" in found and ("nowhere", True) in {(place, dim > 0) for place, dim in places}:
+        if name not in MOVES and "gpu" in found and ("nowhere", True) in places:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, cuda:0 and cpu")
         result = func(*map(here, args), **{key: here(value) for key, value in (kwargs or {}).items()})
         if any(here(value) is not value for value in given):
             place = "gpu"
-        elif name == "cpu" or any(isinstance(v, torch.device) or v == "cpu" for v in given if not is_tensor(v)):
+        elif name == "cpu" or any(isinstance(v, torch.device) or (isinstance(v, str) and v == "cpu") for v in given):
             place = None
         elif name in MOVES:
             place = places[0][0] if places else None
