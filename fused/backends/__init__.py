@@ -178,8 +178,7 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
     requested = optimizer._options["backend"]
     places: dict[tuple[int, str, torch.device], list[int]] = {}
     times: dict[Tensor, int] = {}
-    spans = [None if compiling else span_of(param) for _, _, param in optimizer._parameters()]
-    turns = turns_of(spans)
+    turns = [] if compiling else turns_of([span_of(param) for _, _, param in optimizer._parameters()])
     for index, (group, _, param) in enumerate(optimizer._parameters()):
         device = local(param).device
         in_torch = (
@@ -188,7 +187,7 @@ def make_batches(optimizer: FusedOptimizer) -> list[Batch]:
             or not has_memory(local(param))
         )
         name = "reference" if in_torch else choose(device, requested, optimizer._kernels)
-        time = times[param] = max(times.get(param, -1) + 1, turns[index])
+        time = times[param] = max(times.get(param, -1) + 1, 0 if compiling else turns[index])
         places.setdefault((time, name, device), []).append(index)
     batches: list[Batch] = []
     for (time, name, device), indices in sorted(places.items(), key=lambda item: item[0][0]):
