@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
 
@@ -412,7 +412,7 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
     if names is not None:
         return f"parameter '{names[index]}'"
     param = group["params"][index]
-    shape = "not initialized" if isinstance(param, UninitializedTensorMixin) else f"shape {tuple(param.shape)}"
+    shape = "not initialized" if isinstance(param, UninitializedParameter) else f"shape {tuple(param.shape)}"
     return f"parameter {index} of its group ({shape})"
 
 
