@@ -45,8 +45,9 @@ main(["targets", *ran])
 
 
 def run(*command: str) -> str:
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # The package under test before the one beside the tests; the benchmarks are beside them only.
+    paths = [str(TESTS), *sys.path, str(TESTS.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.run([sys.executable, *command], cwd=TESTS, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
     return process.stdout
