@@ -113,25 +113,24 @@ class Plan:
             batch.update(control if len(self.batches) == 1 else _on_device(control, batch.device))
 
     def _refresh(self) -> None:
-        if self._asks_for_another() or not all(batch.refresh() for batch in self.batches):
+        options, asked = self._asked()
+        if asked != self.signature or not all(batch.refresh() for batch in self.batches):
             self.batches = backends.make_batches(self.optimizer)
+            self.signature, self.options = asked, None
             self.shards = sharding.shards_of([param for _, _, param in self.optimizer._parameters()])
             self.row_values = None
             for batch in self.batches:
                 batch.refresh()
+        self.options = options
 
-    def _asks_for_another(self) -> bool:
-        """Whether the groups' options need other batches than those there are."""
-        # The values first, as they lie there: what hundreds of groups ask for takes long to find out.
+    def _asked(self) -> tuple[list[Any] | None, Signature]:
+        """The groups' options as they are now, and what they ask for."""
+        # To find out what hundreds of groups ask for takes long: only where their values have changed.
         try:
             options = list(map(self.read_options, self.optimizer.param_groups))
         except KeyError:  # an option that has a default may lack
-            options = None
-        if options is not None and options == self.options:
-            return False
-        current, before = signature(self.optimizer), self.signature
-        self.signature, self.options = current, options
-        return current != before
+            return None, signature(self.optimizer)
+        return options, self.signature if options == self.options else signature(self.optimizer)
 
     def _control(self, grad_multiplier: float) -> Control:
         optimizer, options, device = self.optimizer, self.optimizer._options, self.batches[0].device

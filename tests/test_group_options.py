@@ -90,6 +90,26 @@ def test_options_changed_between_steps(case: Case, backend: Backend) -> None:
             assert set(rule.states) <= optimizer.state[params[0]].keys()
 
 
+def test_options_taken_back_after_a_step_that_failed(backend: Backend) -> None:
+    params = [torch.nn.Parameter(torch.randn(9, 3, device=backend.device)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = fused.AdamW(params, backend=backend.name)
+    optimizer.step()
+    group, before = optimizer.param_groups[0], [p.detach().clone() for p in params]
+    for wrong in ({"amsgrad": True, "master_weights": "split"}, {"state_dtype": "int7"}):
+        right = {name: group[name] for name in wrong}
+        group.update(wrong)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"split|int7"):
+                optimizer.step()
+        group.update(right)
+        assert all(map(torch.equal, params, before))
+    optimizer.step()
+    assert optimizer.state[params[0]].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert not torch.equal(params[0], before[0]) and optimizer.state[params[0]]["step"] == 2
+
+
 def variant_of(case: Case) -> Variant:
     """The one with most states; not a centered one, whose variance low precision makes negative: NaN equals nothing."""
     plain = [variant for variant in case.variants if "centered" not in variant.rule]
