@@ -31,7 +31,7 @@ except ImportError as error:  # built without a compiler, or for another platfor
 def _warn_of_ignored_switches() -> None:
     """Of environment variables that ask for what is not there: without a word a comparison would compare nothing."""
     wanted = os.environ.get("FUSED_ISA", "")
-    if extension is not None and wanted not in ("", extension.isa()):
+    if wanted and extension is not None and wanted != extension.isa():
         built = ", ".join(extension.built_isas())
         warnings.warn(
             f"FUSED_ISA={wanted} is not built ({built} are) or not supported here: using {extension.isa()}",
