@@ -194,10 +194,9 @@ class Gradients:
         if extension is not None and not torch.compiler.is_compiling():
             self.rows = extension.GradientRows(items, of_params)
             self.taken, self.rest = self.rows.tensors, self.rows.rest
-            once = {id(grad): grad for grad in self.taken}
-            if len(once) != len(self.taken):  # all rows are written to at once: every further time comes after
-                again = [grad for grad in self.taken if once.pop(id(grad), None) is None]
-                self.rows = extension.GradientRows(list({id(grad): grad for grad in self.taken}.values()), False)
+            if len(set(map(id, self.taken))) != len(self.taken):  # all rows are written to at once
+                once, again = _first_and_further(self.taken)
+                self.rows = extension.GradientRows(once, False)
                 self.taken, self.rest = self.rows.tensors, [*self.rest, *again]
         else:
             self.rest = [g for g in ([p.grad for p in items] if of_params else items) if g is not None]
@@ -339,6 +338,17 @@ class Gradients:
         for tensors in _by_place(self.rest).values():
             torch._foreach_clamp_min_(tensors, -limit)
             torch._foreach_clamp_max_(tensors, limit)
+
+
+def _first_and_further(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every tensor once, and the tensors of every further time."""
+    once: list[Tensor] = []
+    again: list[Tensor] = []
+    seen: set[int] = set()
+    for tensor in tensors:
+        (again if id(tensor) in seen else once).append(tensor)
+        seen.add(id(tensor))
+    return once, again
 
 
 def _sum_on_cpu(rows: Any, maximum: bool) -> Tensor:
