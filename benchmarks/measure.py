@@ -14,13 +14,13 @@ from .bandwidth import Bandwidth
 from .cases import Case, held_bytes
 from .gate import Verdict, check
 from .machine import available_memory
-from .problem import NotAvailable, Problem, Side
+from .problem import LEFT_OUT, NotAvailable, Problem, Side
 from .report import Row, cell_name, number
 from .systems import SYSTEMS, Options, System
 from .timing import Budget, Timed, interleave, make_clock, paired_ratio
 
 OWN = ("fused", "torch.fused", "torch.foreach", "torch.loop", "torch.compile")
-PASSES = (NotAvailable, NotImplementedError, MemoryError, torch.OutOfMemoryError)
+PASSES = (*LEFT_OUT, NotImplementedError)
 """What keeps a system out of a cell without being a mistake of its own."""
 COUNTABLE = 0.05
 """Seconds on the host up to which a step's launches are counted: a hundred thousand take the profiler a minute."""

@@ -18,6 +18,10 @@ class NotAvailable(Exception):
     """This system cannot do this case here; the message says why."""
 
 
+LEFT_OUT = (NotAvailable, MemoryError, torch.OutOfMemoryError)
+"""What leaves a cell without a number, and the others with theirs."""
+
+
 class Problem:
     """Initial parameters (about 0.1 in size) and gradients (about 1) of a profile, on a device.
 

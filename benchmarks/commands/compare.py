@@ -6,11 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 from ..cases import Precision, get_cases
 from ..measure import measure_cell
-from ..problem import NotAvailable, Problem
+from ..problem import LEFT_OUT, Problem
 from ..report import Progress, Row, number, say, show_table, times, warn
 from .arguments import add_beside, add_run_arguments, profiles_of, systems_of
 from .rows import show_rows
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                     try:
                         problem = Problem(profile, precision, run_.device)
                         rows += run_.keep(measure_cell(run_.session, case, problem, systems, "compare"))
-                    except (NotAvailable, MemoryError, torch.OutOfMemoryError) as reason:
+                    except LEFT_OUT as reason:
                         warn(f"{case} {profile.name}: {reason}")
                 shown = [r for r in rows if r.ok or r.system == "fused" or r.status.startswith("wrong")]
                 heading = run_.heading(f"{case.cls}, {precision.name}, {run_.device.type}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ..cases import MAIN, Case, Precision, get_cases
 from ..gradients import FUNCTIONS, gradient_cells
 from ..measure import measure_cell
-from ..problem import NotAvailable, Problem
+from ..problem import LEFT_OUT, Problem
 from ..report import Progress, Row, number, percent, show_table, times, warn
 from ..shapes import Profile, format_count, get_profile
 from ..systems import get_systems
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
                 rows = gradients(run_, profiles)
                 caption = "clip_grad_norm_: read for the norm, then read and write"
                 show(run_.heading("Gradient functions, fp32"), rows, caption)
-            except (ImportError, NotAvailable, MemoryError) as error:
+            except (*LEFT_OUT, ImportError) as error:
                 warn(f"gradient functions: {error}")
         if "size" in what:
             rows = sizes(run_, exponents)

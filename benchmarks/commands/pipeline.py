@@ -15,7 +15,7 @@ import torch
 
 from ..cases import Case, get_cases
 from ..measure import measure_cell
-from ..problem import NotAvailable, Problem, Side
+from ..problem import LEFT_OUT, NotAvailable, Problem, Side
 from ..report import Progress, Row, warn
 from ..systems import SYSTEMS, Options, System, torch_optimizer
 from .arguments import add_beside, add_case_arguments, add_run_arguments, precision_of, profiles_of
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
                 progress(f"{case} {profile.name}")
                 try:
                     rows += run_.keep(measure_pipeline(run_, case, Problem(profile, precision, run_.device)))
-                except (NotAvailable, MemoryError, torch.OutOfMemoryError) as reason:
+                except LEFT_OUT as reason:
                     warn(f"{case} {profile.name}: {reason}")
             show_rows(run_.heading(f"unscale + clip + {case.cls}, {precision.name}"), rows, CAPTION)
     return run_.exit_code

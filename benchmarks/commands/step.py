@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from ..cases import MASTER_BYTES, Case, Precision, get_cases, held_bytes, step_bytes
 from ..measure import measure_cell
-from ..problem import NotAvailable, Problem
+from ..problem import LEFT_OUT, Problem
 from ..report import Progress, number, warn
 from .arguments import add_beside, add_case_arguments, add_run_arguments, precision_of, profiles_of, systems_of
 from .rows import show_rows
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     problem = Problem(profile, precision, run_.device)
                     rows += run_.keep(measure_cell(run_.session, case, problem, systems))
-                except (NotAvailable, MemoryError, torch.OutOfMemoryError) as reason:
+                except LEFT_OUT as reason:
                     warn(f"{case} {profile.name}: {reason}")
             note = f", {args.groups} groups" if args.groups > 1 else ""
             heading = f"{case.cls} ({case}), {precision.name}{note}, {run_.device.type}"

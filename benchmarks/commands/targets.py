@@ -10,11 +10,9 @@ import argparse
 import time
 from typing import Any
 
-import torch
-
 from ..goals import Goal
 from ..load import company
-from ..problem import NotAvailable
+from ..problem import LEFT_OUT, NotAvailable
 from ..report import Progress, number, say, show_table, warn
 from .arguments import add_beside, add_run_arguments
 from .run import Run
@@ -39,7 +37,7 @@ def measure(goal: Goal, run_: Run) -> tuple[float | None, str, str]:
             raise NotAvailable("time limit")
         value, how = goal.measure(run_)
         verdict = "met" if goal.met(value) else "MISSED"
-    except (NotAvailable, MemoryError, ImportError, torch.OutOfMemoryError) as reason:
+    except (*LEFT_OUT, ImportError) as reason:
         verdict, how = "not available", str(reason).partition("\n")[0]
     except RuntimeError as error:  # one goal's failure must not take the others
         verdict, how = "FAILED", f"{type(error).__name__}: {error}".partition("\n")[0]
