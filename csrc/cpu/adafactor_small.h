@@ -18,9 +18,27 @@ namespace fused {
 namespace FUSED_ISA {
 namespace {
 
+// Squares of 4 x 4 over `count` lanes of n elements each: square(lane, element) for each of them; where n is less than 4 they
+// reach into the next lane. Returns the lanes that they cover.
+template <class Square>
+int64_t for_squares(int64_t n, int64_t count, Square square) {
+  int64_t l = 0;
+  for (; l + 4 <= count && (l + 3) * n + 4 <= count * n; l += 4)
+    for (int64_t k = 0; k < n; k += 4) square(l, std::max<int64_t>(0, std::min(k, n - 4)));  // the last over the one before
+  return l;
+}
+
 #if defined(__SSE2__)
-// Four lanes from `l` on can be moved by squares of 4 x 4, which reach beyond n where it is less than 4.
-inline bool has_squares(int64_t l, int64_t n, int64_t count) { return l + 4 <= count && (l + 3) * n + 4 <= count * n; }
+// Transposes a square of which the first `in_lines` lines are there to be read, and the first `out_lines` to be written.
+inline void transpose(const float* in, int64_t in_apart, int64_t in_lines, float* out, int64_t out_apart, int64_t out_lines) {
+  __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + in_apart);
+  __m128 x2 = in_lines > 2 ? _mm_loadu_ps(in + 2 * in_apart) : x0, x3 = in_lines > 3 ? _mm_loadu_ps(in + 3 * in_apart) : x0;
+  _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+  _mm_storeu_ps(out, x0);
+  _mm_storeu_ps(out + out_apart, x1);
+  if (out_lines > 2) _mm_storeu_ps(out + 2 * out_apart, x2);
+  if (out_lines > 3) _mm_storeu_ps(out + 3 * out_apart, x3);
+}
 #endif
 
 // values[k * lanes + l] = from[l * n + k] in the first `count` lanes, 0 in the others.
@@ -30,18 +48,10 @@ void to_lanes(const T* __restrict from, int64_t n, int64_t count, int64_t lanes,
   if (n == 1) l = std::copy_n(from, count, values) - values;
 #if defined(__SSE2__)
   if constexpr (sizeof(T) == 4) {
-    for (; has_squares(l, n, count); l += 4)
-      for (int64_t k = 0; k < n; k += 4) {
-        const int64_t at = std::max<int64_t>(0, std::min(k, n - 4));  // the last square lies over the one before
-        const float* in = from + l * n + at;
-        float* out = values + at * lanes + l;
-        __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + n), x2 = _mm_loadu_ps(in + 2 * n), x3 = _mm_loadu_ps(in + 3 * n);
-        _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-        _mm_storeu_ps(out, x0);
-        _mm_storeu_ps(out + lanes, x1);
-        if (n > 2) _mm_storeu_ps(out + 2 * lanes, x2);
-        if (n > 3) _mm_storeu_ps(out + 3 * lanes, x3);
-      }
+    if (n > 1)
+      l = for_squares(n, count, [=](int64_t lane, int64_t k) {
+        transpose(from + lane * n + k, n, 4, values + k * lanes + lane, lanes, n);
+      });
   }
 #endif
   for (int64_t k = 0; k < n; ++k) {
@@ -57,19 +67,10 @@ void from_lanes(const T* __restrict values, int64_t n, int64_t count, int64_t la
   if (n == 1) l = std::copy_n(values, count, to) - to;
 #if defined(__SSE2__)
   if constexpr (sizeof(T) == 4) {
-    for (; has_squares(l, n, count); l += 4)
-      for (int64_t k = 0; k < n; k += 4) {
-        const int64_t at = std::max<int64_t>(0, std::min(k, n - 4));
-        const float* in = values + at * lanes + l;
-        float* out = to + l * n + at;
-        __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + lanes);
-        __m128 x2 = n > 2 ? _mm_loadu_ps(in + 2 * lanes) : x0, x3 = n > 3 ? _mm_loadu_ps(in + 3 * lanes) : x0;
-        _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-        _mm_storeu_ps(out, x0);  // what reaches into the next lane is overwritten by it
-        _mm_storeu_ps(out + n, x1);
-        _mm_storeu_ps(out + 2 * n, x2);
-        _mm_storeu_ps(out + 3 * n, x3);
-      }
+    if (n > 1)  // what reaches into the next lane is overwritten by it
+      l = for_squares(n, count, [=](int64_t lane, int64_t k) {
+        transpose(values + k * lanes + lane, lanes, n, to + lane * n + k, n, 4);
+      });
   }
 #endif
   for (int64_t k = 0; k < n; ++k)

@@ -96,7 +96,7 @@ struct DecodeSigned {
   alignas(32) float reach[kBlocks8], unit[kBlocks8];
 
   DecodeSigned(const uint16_t* scales, int blocks) {
-      for (int b = 0; b < blocks; b += kLanes8) {
+    for (int b = 0; b < blocks; b += kLanes8) {
       const __m256i words = load_scales(scales + b), curves = curves_of(words);
       put(halvings + b, look_up(kCurveTable.halvings, curves));
       put(bias + b, look_up(kCurveTable.bias, curves));
