@@ -1,7 +1,8 @@
 // Storage formats <-> float32: conversions and rounding, for host and device.
 //
 // Everything is written in integer and select operations without branches, so that host compilers vectorize it and every
-// backend gives the same bits. Nothing depends on the processor's denormal mode.
+// backend gives the same bits. Nothing depends on the processor's denormal mode. Where a GPU has an instruction for a
+// conversion, it takes the place of ten others; the bits are the same but for a NaN's, which become 0x7fff.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +45,15 @@ FUSED_HD uint32_t canonical_nan(uint32_t u) {
 FUSED_HD float bf16_to_float(uint16_t h) { return float_of(uint32_t(h) << 16); }
 
 FUSED_HD uint16_t float_to_bf16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+#else
   const uint32_t u = bits_of(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return uint16_t((u & kMagnitude) > kInfinity ? 0x7fc0u : rounded);
+#endif
 }
 
 // Rounds up with the probability of the distance: `random` is uniform over 32 bits. Inf and NaN are kept.
@@ -58,15 +65,26 @@ FUSED_HD uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
 // ---- float16 ----
 
 FUSED_HD float fp16_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   const uint32_t magnitude = h & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t special = (magnitude << 13) | kInfinity;
   const uint32_t denormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
   const uint32_t u = magnitude < 0x400u ? denormal : (magnitude >= 0x7c00u ? special : normal);
   return float_of(u | (uint32_t(h & 0x8000u) << 16));
+#endif
 }
 
 FUSED_HD uint16_t float_to_fp16(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+#else
   const uint32_t u = bits_of(x);
   const uint32_t a = u & kMagnitude;
   const uint32_t special = a > kInfinity ? 0x7e00u : 0x7c00u;
@@ -74,6 +92,7 @@ FUSED_HD uint16_t float_to_fp16(float x) {
   const uint32_t normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
   const uint32_t h = a >= 0x47800000u ? special : (a < 0x38800000u ? denormal : normal);
   return uint16_t(h | ((u >> 16) & 0x8000u));
+#endif
 }
 
 FUSED_HD uint16_t float_to_fp16_stochastic(float x, uint32_t random) {

@@ -162,6 +162,38 @@ def test_same_bits_as_the_cpu(served: CudaOnCpu, rule: str, storage: str) -> Non
     assert_same(*both(make, {**options, **more}, dtype=dtype, grad_dtype=grad_dtype))
 
 
+QUOTIENTS = """
+#include "rules.h"
+extern "C" int64_t wrong(const float* x, int64_t count, float divisor) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float q = fused::quotient(x[i], divisor, 1.0f / divisor), expected = x[i] / divisor;
+    found += q != expected && (q == q || expected == expected);
+  }
+  return found;
+}
+"""
+
+
+def test_a_shared_divisor_divides_to_the_bit(tmp_path: Path) -> None:
+    """Every mantissa of a root, and its ends, by corrections of the second moment."""
+    source = tmp_path / "quotients.cpp"
+    source.write_text("#include <cstdint>\n" + QUOTIENTS)
+    library = tmp_path / "quotients.so"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-DFUSED_GPU_ARITHMETIC=1", f"-I{CSRC}", "-shared", "-fPIC"]
+    subprocess.run([*compiler(), *flags, str(source), "-o", str(library)], check=True, stdin=subprocess.DEVNULL)
+    wrong = ctypes.CDLL(str(library)).wrong
+    wrong.restype = ctypes.c_int64
+    wrong.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float]
+    mantissas = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).view(torch.float32)
+    ends = torch.tensor([0.0, 2.0**-149, 2.0**-126, 3.4028234663852886e38, math.inf, math.nan]).sqrt()
+    x = torch.cat([mantissas, ends, ends[1:4].repeat_interleave(1000) * torch.linspace(1, 4, 3000)])
+    corrections = [math.sqrt(1 - beta**step) for beta, step in ((0.999, 1), (0.999, 7), (0.95, 2), (1 - 1e-9, 1))]
+    most = 1.0 - 2.0**-24
+    for divisor in (*corrections, 1.0, most, most / 2):
+        assert wrong(x.data_ptr(), x.numel(), divisor) == 0, divisor
+
+
 @pytest.mark.parametrize("case, variant", VARIANTS, ids=IDS)
 def test_float64_follows_the_references(served: CudaOnCpu, case: Case, variant: Variant) -> None:
     params = oracle.make_params([(0,), (1,), (7,), (1023,), (8195,), ()], F64, torch.device("cpu"))

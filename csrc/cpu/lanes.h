@@ -44,6 +44,7 @@ struct Lanes {
   friend FUSED_HD __m256 is_nan(Lanes a) { return _mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q); }
 
   friend FUSED_HD Lanes fma_(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a.x, b.x, c.x); }
+  friend FUSED_HD Lanes quotient(Lanes x, Lanes divisor, Lanes) { return x / divisor; }
   friend FUSED_HD Lanes sqrt_(Lanes a) { return _mm256_sqrt_ps(a.x); }
 
   friend FUSED_HD Lanes if_nonzero(Lanes value, Lanes a, Lanes b) {

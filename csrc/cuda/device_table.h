@@ -30,7 +30,7 @@ struct Piece {
 
 // What the prologue derives for a row and the update needs.
 struct alignas(16) RowWork {
-  static constexpr int kConstants = 64;
+  static constexpr int kConstants = 80;
   unsigned char constants[kConstants];  // Rule::Constants<T>
   double factor;                        // of the gradient
   uint32_t step;

@@ -33,6 +33,7 @@ FLAGS = [
     *("-Wno-unknown-pragmas", "-Wno-psabi"),
     # The module is loaded beside the ordinary one: their types must not be taken for each other's.
     *("-Dfused=fused_on_cpu", "-DFUSED_WITH_CUDA=1", "-DFUSED_ISA_LIST=X(baseline)", "-DFUSED_ISA=baseline"),
+    "-DFUSED_GPU_ARITHMETIC=1",
 ]
 
 
