@@ -220,6 +220,34 @@ def test_8bit_blocks_are_those_of_the_specification(signed):
         assert torch.equal(decoded.view(torch.int32), expected.view(torch.int32))
 
 
+@triton.jit
+def _through_16_bits(values, halves, widened, BFLOAT16: tl.constexpr, SIZE: tl.constexpr):
+    element = tl.arange(0, SIZE)
+    x = tl.load(values + element)
+    half = block_formats.float_to_bf16(x) if BFLOAT16 else block_formats.float_to_fp16(x)
+    tl.store(halves + element, half.to(tl.int16))
+    wide = block_formats.bf16_to_float(half) if BFLOAT16 else block_formats.fp16_to_float(half)
+    tl.store(widened + element, wide)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_conversions_are_torchs_to_the_bit(dtype):
+    """Every value of 16 bits, what lies halfway to the next and beside that, and the ends of the range."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    halfway = (every.double() + every.roll(-1).double()).div(2).float()
+    beside = [torch.nextafter(halfway, torch.full_like(halfway, end)) for end in (-torch.inf, torch.inf)]
+    ends = torch.tensor([65519.996, 65520.0, 3.4028235e38, 2.0**-149, 2.0**-25, 2.0**-24 * 1.5])
+    x = torch.cat([every, halfway, *beside, ends, -ends])
+    x = torch.nn.functional.pad(x, (0, 2**19 - x.numel()))
+    halves, widened = torch.empty(x.shape, dtype=torch.int16), torch.empty_like(x)
+    _through_16_bits[(1,)](x, halves, widened, BFLOAT16=dtype == torch.bfloat16, SIZE=x.numel())
+    number = ~x.isnan()
+    assert torch.equal(halves[number], x.to(dtype).view(torch.int16)[number])
+    assert torch.equal(widened[number].view(torch.int32), x.to(dtype).float().view(torch.int32)[number])
+    assert widened[~number].isnan().all()
+
+
 @pytest.mark.parametrize("make", [fused.AdamW, fused.Adafactor])
 def test_what_a_graph_has_seen_is_never_written_to_again(make, monkeypatch):
     """A capture is pretended: its launches run at once, and what it uploads is taken away, as if it had not."""

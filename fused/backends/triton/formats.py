@@ -1,7 +1,7 @@
 """Storage formats <-> float32 in registers: the twin of ``csrc/formats.h``, bit for bit.
 
-Rounding is done on integers: Triton's interpreter truncates its own float32 -> bfloat16 cast, the GPU rounds; integer
-operations are the same in both. Patterns are uint32.
+Rounding is done on integers but to float16: Triton's interpreter truncates its own float32 -> bfloat16 cast, the GPU
+rounds; integer operations are the same in both. Patterns are uint32.
 """
 
 from __future__ import annotations
@@ -45,24 +45,12 @@ def float_to_bf16_stochastic(x, random):
 
 @triton.jit
 def fp16_to_float(h):
-    wide = h.to(tl.uint32)
-    magnitude = wide & 0x7FFF
-    normal = (magnitude << 13) + (112 << 23)
-    special = (magnitude << 13) | INFINITY
-    denormal = _bits(magnitude.to(tl.int32).to(tl.float32) * 0.000000059604644775390625)  # 2^-24
-    u = tl.where(magnitude < 0x400, denormal, tl.where(magnitude >= 0x7C00, special, normal))
-    return _float(u | ((wide & 0x8000) << 16))
+    return h.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def float_to_fp16(x):
-    u = _bits(x)
-    a = u & MAGNITUDE
-    special = tl.where(a > INFINITY, 0x7E00, 0x7C00).to(tl.uint32)
-    denormal = _bits(_float(a) + 0.5) - 0x3F000000
-    normal = (a - (112 << 23) + 0xFFF + ((a >> 13) & 1)) >> 13
-    h = tl.where(a >= 0x47800000, special, tl.where(a < 0x38800000, denormal, normal))
-    return (h | ((u >> 16) & 0x8000)).to(tl.uint16)
+    return x.to(tl.float16).to(tl.uint16, bitcast=True)
 
 
 @triton.jit
