@@ -1,0 +1,80 @@
+"""How many instructions the CUDA update takes per element, by storage format, counted in the machine code.
+
+A GPU that moves the bytes of one element while it issues fewer instructions than these waits for its own arithmetic
+instead of its memory. An H200 issues 33e12 instructions of a lane a second and moves 4.8e12 bytes: 7 instructions to a
+byte, so 196 to the 28 bytes of AdamW in float32 and 98 to the 14 in bfloat16. Counts are kept in
+``cuda_instructions.json``; growth fails. After a change that is meant: ``python tests/test_cuda_instructions.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_cuda_compile import ROOT, find_cuobjdump, find_nvcc, pytestmark  # noqa: F401
+
+SOURCE = Path(__file__).with_name("cuda_instructions.cu")
+TABLE = SOURCE.with_suffix(".json")
+ARCH = "90"
+ELEMENTS = 8
+"""Of a thread in one turn of the loop."""
+SLACK = 1.03
+"""What another release of the compiler may take more."""
+
+FORMATS = dict(enumerate(("", "float32", "", "bfloat16", "float16", "remainder16", "remainder8", "8 bits", "8 bits")))
+
+
+def count(folder: Path) -> dict[str, float]:
+    nvcc, tool = find_nvcc(), find_cuobjdump()
+    if nvcc is None or tool is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    binary = folder / "counted.cubin"
+    flags = ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "--fmad=false", "-cubin", f"-arch=sm_{ARCH}"]
+    command = [nvcc, *flags, str(SOURCE), "-o", str(binary)]
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    dump = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
+    found = {}
+    for part in dump.split("Function : ")[1:]:
+        name, _, code = part.partition("\n")
+        if formats := re.search(r"counted(?:ILh(\d+)ELh(\d+)ELh(\d+)ELh(\d+)E)", name):
+            param, master, first, second = (FORMATS[int(number)] for number in formats.groups())
+            states = first if first == second else f"{first} and {second}"
+            found[" + ".join(filter(None, (param, master, f"states in {states}")))] = round(usual(code) / ELEMENTS, 1)
+    return dict(sorted(found.items()))
+
+
+def usual(code: str) -> int:
+    """The instructions of the longest loop, without those of calls: the slow paths of divisions and roots."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+    place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    text = [instruction for _, instruction in lines]
+    jumps = {
+        number: place[int(target[1], 16)]
+        for number, instruction in enumerate(text)
+        if (target := re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)) and int(target[1], 16) in place
+    }
+    first, last = max(((to, at) for at, to in jumps.items() if to <= at), key=lambda loop: loop[1] - loop[0])
+    ends = {at + 1 for at in range(first, last) if re.search(r"\b(BRA|CALL|EXIT|RET)\b", text[at])}
+    cuts = sorted({first, last + 1} | {to for to in jumps.values() if first < to <= last} | ends)
+    blocks = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+    return sum(len(block) for block in blocks if not any("CALL" in instruction for instruction in block))
+
+
+def test_instructions_do_not_grow(tmp_path: Path) -> None:
+    recorded, found = json.loads(TABLE.read_text()), count(tmp_path)
+    assert sorted(recorded) == sorted(found), "formats came or went: write the table anew"
+    grown = {name: f"{recorded[name]} -> {now}" for name, now in found.items() if now > recorded[name] * SLACK}
+    assert grown == {}
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        table = count(Path(temporary))
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"{TABLE}: {table}")
