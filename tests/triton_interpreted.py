@@ -198,7 +198,7 @@ def _wide(n):
 def _encode_and_decode(values, codes, scales, decoded, step, SIGNED: tl.constexpr):
     element = tl.arange(0, 1024).to(tl.int64)
     x = tl.reshape(tl.load(values + element), (32, 32))
-    code, scale = block_formats.float_to_blocks8(x, tl.reshape(element, (32, 32)), tl.load(step), SIGNED)
+    code, scale = block_formats.float_to_blocks8(x, tl.arange(0, 32), tl.load(step), SIGNED)
     tl.store(codes + element, tl.reshape(code, (1024,)))
     tl.store(scales + tl.arange(0, 32), scale.to(tl.int16))
     tl.store(decoded + element, tl.reshape(block_formats.blocks8_to_float(code, scale, SIGNED), (1024,)))

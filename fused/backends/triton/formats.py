@@ -183,16 +183,16 @@ def _finite_pattern(x):
 
 
 @triton.jit
-def _thresholds(element, step):
-    """Where elements round up, in [1, 2)."""
-    block = (element // 32).to(tl.uint32)
-    h = block * 0x9E3779B1
+def _thresholds(block, step, SIZE: tl.constexpr):
+    """Where the elements of each block round up, in [1, 2)."""
+    h = block.to(tl.uint32) * 0x9E3779B1
     h = (h ^ (h >> 15)) * 0x85EBCA6B
-    now = step.to(tl.uint32) + 0 * h
-    phase = h + now * 0x9E3779B9 + (element % 32).to(tl.uint32) * 0xC13FA9A9
+    now = step.to(tl.uint32)
     narrow = (now < 2).to(tl.uint32) + (now < 4).to(tl.uint32) + (now < 8).to(tl.uint32)
     narrow += (now < 16).to(tl.uint32) + (now < 32).to(tl.uint32)
-    return _float((phase >> (9 + narrow)) + 0x3FC00000 - ((0 * narrow + 0x400000) >> narrow))
+    least = 0x3FC00000 - ((0 * narrow + 0x400000) >> narrow)
+    lane = tl.arange(0, SIZE).to(tl.uint32) * 0xC13FA9A9
+    return _float((((h + now * 0x9E3779B9)[:, None] + lane[None, :]) >> (9 + narrow)) + least)
 
 
 @triton.jit
@@ -242,9 +242,11 @@ def blocks8_to_float(codes, scale, SIGNED: tl.constexpr):
 def _signed_scale(finite):
     largest = tl.max(finite, 1)
     high = finite >> 16
-    there = high != 0
-    deficit = tl.sum(tl.where(there, tl.minimum((largest >> 16)[:, None] - high, 1024), 0), 1)
-    count = tl.sum(there.to(tl.int32), 1)
+    # The deficits in the low half, how many there are in the high one: both take one sum.
+    deficits = tl.where(high != 0, tl.minimum((largest >> 16)[:, None] - high, 1024) + 0x10000, 0)
+    both = tl.sum(deficits, 1)
+    deficit = both & 0xFFFF
+    count = both >> 16
     curve = (deficit > 345 * count).to(tl.int32) + (deficit > 512 * count).to(tl.int32)
     curve += (deficit > 614 * count).to(tl.int32)
     bits = _curve_bits(curve)
@@ -267,8 +269,8 @@ def _unsigned_scale(finite):
 
 
 @triton.jit
-def float_to_blocks8(x, element, step, SIGNED: tl.constexpr):
-    """``[blocks, 32]`` codes and ``[blocks]`` scales; second moments round by the element and the step."""
+def float_to_blocks8(x, block, step, SIGNED: tl.constexpr):
+    """``[blocks, 32]`` codes and ``[blocks]`` scales; second moments round by the block's number and the step."""
     a = _bits(x) & MAGNITUDE
     if SIGNED:
         scale = _signed_scale(_finite_pattern(x))
@@ -283,6 +285,6 @@ def float_to_blocks8(x, element, step, SIGNED: tl.constexpr):
     scale = _unsigned_scale(_finite_pattern(x))
     low, patterns = _unsigned_block(scale.to(tl.uint32))
     above = (tl.maximum(a.to(tl.int32), low) - low).to(tl.float32)
-    level = (above * _reciprocal(patterns.to(tl.float32)) + _thresholds(element, step)).to(tl.int32)
+    level = (above * _reciprocal(patterns.to(tl.float32)) + _thresholds(block, step, x.shape[1])).to(tl.int32)
     code = tl.where(a >= INFINITY, 255, tl.minimum(level, 254))
     return tl.where(a == 0, 0, code).to(tl.uint8), scale.to(tl.uint16)

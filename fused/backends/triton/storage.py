@@ -133,6 +133,13 @@ def _any_in_block(mask):
 
 
 @triton.jit
+def _blocks_of(offset):
+    """The numbers of the 8-bit blocks. No tensor has 2^31 of them."""
+    number = (offset >> 5).to(tl.int32)
+    return tl.min(tl.reshape(number, (offset.shape[0] // BLOCK8, BLOCK8)), 1)
+
+
+@triton.jit
 def load_state(
     row, k: tl.constexpr, offset, mask, FORMAT: tl.constexpr, ACCESS: tl.constexpr, DOUBLE: tl.constexpr
 ):
@@ -141,8 +148,7 @@ def load_state(
     if FORMAT >= BLOCK8_SIGNED:
         size: tl.constexpr = offset.shape[0]
         codes = tl.reshape(load(address, tl.uint8, offset, mask, ACCESS), (size // BLOCK8, BLOCK8))
-        at = pointer(tl.load(row + SCALE + k), tl.uint16)
-        at += tl.min(tl.reshape(offset, (size // BLOCK8, BLOCK8)), 1) // BLOCK8
+        at = pointer(tl.load(row + SCALE + k), tl.uint16) + _blocks_of(offset)
         scale = tl.load(at) if ACCESS == FULL else tl.load(at, mask=_any_in_block(mask), other=0)
         x = formats.blocks8_to_float(codes, scale, FORMAT == BLOCK8_SIGNED)
         return tl.reshape(x, (size,))
@@ -158,11 +164,11 @@ def store_state(
     if FORMAT >= BLOCK8_SIGNED:
         size: tl.constexpr = offset.shape[0]
         inside = x if ACCESS == FULL else tl.where(mask, x, 0.0)  # beyond the end nothing may touch a scale
-        element = tl.reshape(offset, (size // BLOCK8, BLOCK8))
+        block = _blocks_of(offset)
         values = tl.reshape(inside, (size // BLOCK8, BLOCK8))
-        codes, scale = formats.float_to_blocks8(values, element, step, FORMAT == BLOCK8_SIGNED)
+        codes, scale = formats.float_to_blocks8(values, block, step, FORMAT == BLOCK8_SIGNED)
         store(address, tl.uint8, offset, tl.reshape(codes, (size,)), mask, ACCESS)
-        at = pointer(tl.load(row + SCALE + k), tl.uint16) + tl.min(element, 1) // BLOCK8
+        at = pointer(tl.load(row + SCALE + k), tl.uint16) + block
         if ACCESS == FULL:
             tl.store(at, scale)
         else:
