@@ -150,12 +150,14 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
 
     Raises:
         RuntimeError: a gradient is sparse or complex.
-        TypeError, ValueError: ``clip_value`` is no number; the message has its value.
+        TypeError, ValueError: ``clip_value`` is no number, or NaN; the message has its value.
 
     Example:
         >>> fused.clip_grad_value_(model.parameters(), 0.5)
     """
     clip_value = _number("clip_value", clip_value)
+    if math.isnan(clip_value):
+        raise ValueError("clip_value must be a number, got nan")
     Gradients(_as_list(parameters), of_params=True).clamp(clip_value)
 
 

@@ -333,6 +333,7 @@ def test_arguments_that_are_no_numbers_are_named() -> None:
         (lambda: fused.clip_grad_norm_(param, "one"), ValueError, "max_norm must be a number, got 'one'"),
         (lambda: fused.get_total_norm([param], "max"), ValueError, "norm_type must be a number, got 'max'"),
         (lambda: fused.clip_grad_value_(param, None), TypeError, "clip_value must be a number, got None"),
+        (lambda: fused.clip_grad_value_(param, math.nan), ValueError, "clip_value must be a number, got nan"),
         (lambda: fused.clip_grads_with_norm_(param, [], torch.ones(())), TypeError, "max_norm must be a number"),
         (lambda: fused.clip_grads_with_norm_(param, 1.0, torch.ones(2)), ValueError, r"total_norm .* shape \(2,\)"),
     ):
