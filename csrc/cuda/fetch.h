@@ -7,24 +7,11 @@
 // would be 12 KB.
 #pragma once
 
-#include "memory.h"
+#include "blocks8.h"
 
 namespace fused::cuda {
 
-constexpr int kVector = 8;  // elements per thread: 16 bytes of a 16-bit format
-constexpr int kBlockLanes = kBlock8 / kVector;  // neighbouring lanes that hold one 8-bit block
-static_assert(kChunk % (kThreads * kVector) == 0 && kWarp % kBlockLanes == 0, "");
-
-// What a thread works on: elements [begin, begin + count) of a tensor.
-struct Place {
-  int64_t begin;
-  int count;
-};
-
-// At `first` of the elements after `begin`. If none are left it is `begin`, where whole vectors can be read for nothing.
-__device__ __forceinline__ Place place_of(int64_t begin, int first, int left) {
-  return {begin + (left > 0 ? first : 0), count_of<kVector>(left)};
-}
+static_assert(kChunk % (kThreads * kVector) == 0, "");
 
 // kVector elements as they are stored, of up to 4 bytes. What belongs to a 16-bit parameter or to 8-bit codes lies behind
 // them: remainders, the block's scale.
@@ -122,24 +109,18 @@ __device__ __forceinline__ void fetch_state(const TensorRow& row, int k, const P
   const uint8_t format = row.state_format[k];
   if (!is_block8(format)) return fetch<WHOLE, Reuse::kOnce>(format, row.state[k], at, raw);
   fetch_as<WHOLE, Reuse::kOnce, uint8_t>(row.state[k], at, raw);
-  const uint16_t* scale = static_cast<const uint16_t*>(row.scale[k]) + at.begin / kBlock8;
+  const uint16_t* scale = static_cast<const uint16_t*>(row.scale[k]) + block_of(at);
   raw.word[kBehindCodes] = WHOLE || at.count > 0 ? load_word<Reuse::kAgain>(scale) : uint16_t(0);
-}
-
-template <class Block>
-__device__ __forceinline__ void decode(const Fetched& raw, const Block& block, float (&x)[kVector]) {
-  uint8_t code[kVector];
-  take(raw, 0, code);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) x[j] = block8_decode(code[j], block);
 }
 
 __device__ __forceinline__ void state_to_float(const TensorRow& row, int k, const Fetched& raw, float (&x)[kVector]) {
   const uint8_t format = row.state_format[k];
+  if (!is_block8(format)) return to_float(format, raw, x);
   const uint16_t scale = uint16_t(raw.word[kBehindCodes]);
-  if (!is_block8(format)) to_float(format, raw, x);
-  else if (format == kBlock8Signed) decode(raw, block8_signed(scale), x);
-  else decode(raw, block8_unsigned(scale), x);
+  Codes code;
+  memcpy(code, raw.word, sizeof code);
+  if (format == kBlock8Signed) decode_signed(code, scale, x);
+  else decode_unsigned(code, scale, x);
 }
 
 // ---- where vectors are whole ----

@@ -11,6 +11,14 @@
 
 namespace fused::cuda {
 
+constexpr int kVector = 8;  // elements per thread where formats differ: 16 bytes of a 16-bit one
+
+// What a thread works on: elements [begin, begin + count) of a tensor.
+struct Place {
+  int64_t begin;
+  int count;
+};
+
 template <int BYTES>
 struct Word;
 template <>
@@ -65,6 +73,11 @@ __device__ __forceinline__ void store_vector(Raw* address, const Raw (&in)[V]) {
 template <int V>
 __device__ __forceinline__ int count_of(int left) {
   return left < 0 ? 0 : left < V ? left : V;
+}
+
+// At `first` of the elements after `begin`. If none are left it is `begin`, where whole vectors can be read for nothing.
+__device__ __forceinline__ Place place_of(int64_t begin, int first, int left) {
+  return {begin + (left > 0 ? first : 0), count_of<kVector>(left)};
 }
 
 // Elements [0, count) at `address`; the others become zero.

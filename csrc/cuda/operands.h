@@ -89,66 +89,19 @@ __device__ __forceinline__ void store_param(const TensorRow& row, const Place& a
 
 // ---- states, with their block scales ----
 
-// Combines a value over the lanes that hold one block. All lanes of a warp take part, also those past the end of the
-// tensor, which have nothing to contribute.
-template <class T, class Join>
-__device__ __forceinline__ T over_block(T value, Join join) {
-#pragma unroll
-  for (int lanes = kBlockLanes / 2; lanes > 0; lanes /= 2)
-    value = join(value, __shfl_xor_sync(0xffffffffu, value, lanes, kBlockLanes));
-  return value;
-}
-
-__device__ __forceinline__ uint16_t encode_signed(const Place& at, const float (&x)[kVector], uint8_t (&code)[kVector]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
-    largest = a > largest ? a : largest;
-  }
-  largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
-  int32_t deficit = 0, nonzero = 0;
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    const uint32_t a = (j < at.count ? block8_magnitude(x[j]) : 0u) >> 16;
-    deficit += block8_deficit(a, largest >> 16);
-    nonzero += int32_t(a != 0u);
-  }
-  deficit = over_block(deficit, [](int32_t a, int32_t b) { return a + b; });
-  nonzero = over_block(nonzero, [](int32_t a, int32_t b) { return a + b; });
-  const uint16_t scale = block8_scale_signed(largest, block8_curve(deficit, nonzero));
-  const Block8Signed block = block8_signed(scale);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) code[j] = block8_encode(x[j], block);
-  return scale;
-}
-
-__device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float (&x)[kVector], uint8_t (&code)[kVector],
-                                                    uint32_t step) {
-  uint32_t smallest = kMagnitude, largest = 0;
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    const uint32_t a = j < at.count ? block8_magnitude(x[j]) : 0u;
-    smallest = a != 0u && a < smallest ? a : smallest;
-    largest = a > largest ? a : largest;
-  }
-  smallest = over_block(smallest, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
-  largest = over_block(largest, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
-  const uint16_t scale = block8_scale_unsigned(smallest, largest);
-  const Block8Unsigned block = block8_unsigned(scale);
-  const uint32_t phase = block8_phase(uint32_t(at.begin / kBlock8), step), narrow = block8_narrow(step);
-  const uint32_t lane = uint32_t(at.begin % kBlock8);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j)
-    code[j] = block8_encode(x[j], block, block8_threshold(phase, narrow, lane + uint32_t(j)));
-  return scale;
-}
-
 __device__ __forceinline__ void store_block8(const TensorRow& row, int k, const Place& at, const float (&x)[kVector], uint32_t step) {
-  uint8_t code[kVector];
+  Codes code;
   const uint16_t scale = row.state_format[k] == kBlock8Signed ? encode_signed(at, x, code) : encode_unsigned(at, x, code, step);
-  if (at.count > 0 && at.begin % kBlock8 == 0) static_cast<uint16_t*>(row.scale[k])[at.begin / kBlock8] = scale;
-  store_raw<Reuse::kOnce>(static_cast<uint8_t*>(row.state[k]) + at.begin, at.count, code);
+  if (at.count > 0 && at.begin % kBlock8 == 0) static_cast<uint16_t*>(row.scale[k])[block_of(at)] = scale;
+  uint8_t* const to = static_cast<uint8_t*>(row.state[k]) + at.begin;
+  if (at.count == kVector && reinterpret_cast<uintptr_t>(to) % sizeof code == 0) {
+    // As words: of bytes compilers put them together anew.
+    store_vector<Reuse::kOnce>(reinterpret_cast<uint32_t*>(to), code);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      if (j < at.count) to[j] = uint8_t(byte_of(code, j));
+  }
 }
 
 // ---- rounding included ----

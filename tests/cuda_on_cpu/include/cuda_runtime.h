@@ -6,6 +6,7 @@
 // mask, lanes that meet in different shuffles, threads that wait in different barriers or for one that never comes.
 #pragma once
 
+#include <cfenv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -87,6 +88,51 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
   const int lane = int(threadIdx.x % 32), other = lane + int(delta);
   return cuda_on_cpu::shuffle(mask, value, other / width == lane / width ? other : lane, line);
+}
+
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) predicate |= __shfl_xor_sync(mask, predicate, lanes, 32, line);
+  return predicate != 0;
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> (8 * (selector >> (4 * i) & 7u)) & 0xffu) << (8 * i);
+  return result;
+}
+
+inline unsigned __vminu2(unsigned a, unsigned b) {
+  const unsigned high = a >> 16 < b >> 16 ? a : b, low = (a & 0xffffu) < (b & 0xffffu) ? a : b;
+  return (high & 0xffff0000u) | (low & 0xffffu);
+}
+
+inline float __fadd_rz(float a, float b) {
+  volatile float x = a, y = b;  // the compiler does not know of rounding modes
+  const int mode = std::fegetround();
+  std::fesetround(FE_TOWARDZERO);
+  volatile float sum = x + y;
+  std::fesetround(mode);
+  return sum;
+}
+
+// rcp.approx.ftz.f32, which may be off by an ulp; here it is by one that changes from argument to argument, or as a test asks.
+namespace cuda_on_cpu {
+constexpr int kAnyUlp = 100;
+inline int reciprocal_ulps = kAnyUlp;
+}  // namespace cuda_on_cpu
+
+inline float __rcp_approx(float x) {
+  const float y = 1.0f / x;
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int ulps = cuda_on_cpu::reciprocal_ulps;
+  int result;
+  std::memcpy(&result, &y, sizeof result);
+  result += ulps == cuda_on_cpu::kAnyUlp ? int((bits * 0x9E3779B1u) >> 16) % 3 - 1 : ulps;
+  float moved;
+  std::memcpy(&moved, &result, sizeof moved);
+  return moved;
 }
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::barrier(line); }
