@@ -34,6 +34,7 @@ def count(folder: Path) -> dict[str, float]:
         pytest.skip("needs nvcc and cuobjdump")
     binary = folder / "counted.cubin"
     flags = ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "--fmad=false", "-cubin", f"-arch=sm_{ARCH}"]
+    flags.append('-DFUSED_RARE()=asm volatile("pmevent 0;")')
     command = [nvcc, *flags, str(SOURCE), "-o", str(binary)]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     dump = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
@@ -48,7 +49,10 @@ def count(folder: Path) -> dict[str, float]:
 
 
 def usual(code: str) -> int:
-    """The instructions of the longest loop, without those of calls: the slow paths of divisions and roots."""
+    """The instructions of the longest loop, without what ordinary contents do not run.
+
+    That is calls, which are the slow paths of divisions and roots; what is marked as rare; and what only those lead to.
+    """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
     place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
     text = [instruction for _, instruction in lines]
@@ -58,10 +62,28 @@ def usual(code: str) -> int:
         if (target := re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)) and int(target[1], 16) in place
     }
     first, last = max(((to, at) for at, to in jumps.items() if to <= at), key=lambda loop: loop[1] - loop[0])
-    ends = {at + 1 for at in range(first, last) if re.search(r"\b(BRA|CALL|EXIT|RET)\b", text[at])}
-    cuts = sorted({first, last + 1} | {to for to in jumps.values() if first < to <= last} | ends)
-    blocks = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
-    return sum(len(block) for block in blocks if not any("CALL" in instruction for instruction in block))
+    turns, always = re.compile(r"\b(BRA|CALL|EXIT|RET)\b"), re.compile(r"BRA 0x|EXIT|RET")
+    ends = {at + 1 for at, instruction in enumerate(text) if turns.search(instruction)}
+    cuts = sorted({0, len(text)} | set(jumps.values()) | ends)
+    blocks = dict(itertools.pairwise(cuts))
+    rare = {begin for begin, end in blocks.items() if any(re.search("CALL|PMTRIG", line) for line in text[begin:end])}
+    ways: dict[int, set[int]] = {}
+    for begin, end in blocks.items():
+        onward = set[int]() if end - 1 == last or always.match(text[end - 1]) else {end}
+        ways[begin] = ({jumps[end - 1]} if end - 1 in jumps else set()) | onward
+    entered = reached(first, {begin: to - rare for begin, to in ways.items()})
+    back: dict[int, set[int]] = {begin: {at for at in blocks if begin in ways[at]} - rare for begin in blocks}
+    home = reached(first, back)
+    return sum(blocks[begin] - begin for begin in entered & home)
+
+
+def reached(start: int, ways: dict[int, set[int]]) -> set[int]:
+    found, left = {start}, [start]
+    while left:
+        for to in ways.get(left.pop(), set()) - found:
+            found.add(to)
+            left.append(to)
+    return found
 
 
 def test_instructions_do_not_grow(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ __device__ __forceinline__ float rough_reciprocal(float x) {
 
 // n / d. The quotient before its last rounding is within 2^-45 of the true one: rounded correctly unless that is as near to
 // the middle between two floats.
-__device__ __forceinline__ float quotient(float n, float d) {
+__device__ __forceinline__ float ratio(float n, float d) {
   const float y = rough_reciprocal(d);
   const float q = n * y;
   return fma_(fma_(-q, d, n), y, q);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void signed_values(const Codes& biased, const SignedV
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     const float level = fma_(tiny_byte(biased, j), 0x1p127f, -2.0f);  // its 64th
-    const float z = quotient(level, block.reach - fabsf(level));
+    const float z = ratio(level, block.reach - fabsf(level));
     if (!ROOT) {
       x[j] = z * block.unit;
     } else {
@@ -160,9 +160,14 @@ __device__ __forceinline__ void signed_values(const Codes& biased, const SignedV
 __device__ __forceinline__ void decode_signed(const Codes& code, uint16_t scale, float (&x)[kVector]) {
   static_assert(kVector == 8 && kSignedNan == 0x80u && curve_first(1) == 0x80u && curve_first(2) == 0xc0u, "");
   const Codes biased = {code[0] ^ kHighBits, code[1] ^ kHighBits};  // level + 128, and 0 for NaN
-  if ((scale & 0xc0u) != 0xc0u) signed_values<false>(biased, signed_values_of(scale, (scale >> 7) & 1u), x);
-  else signed_values<true>(biased, signed_values_of(scale, curve_of(scale)), x);
+  if ((scale & 0xc0u) != 0xc0u) {  // most blocks
+    signed_values<false>(biased, signed_values_of(scale, (scale >> 7) & 1u), x);
+  } else {
+    FUSED_RARE();
+    signed_values<true>(biased, signed_values_of(scale, curve_of(scale)), x);
+  }
   if ((zero_bytes(biased[0]) | zero_bytes(biased[1])) == 0u) return;
+  FUSED_RARE();
 #pragma unroll
   for (int j = 0; j < kVector; ++j) x[j] = byte_of(biased, j) == 0u ? float_of(kNan) : x[j];
 }
@@ -170,6 +175,7 @@ __device__ __forceinline__ void decode_signed(const Codes& code, uint16_t scale,
 // ---- signed: values to codes ----
 
 __device__ __forceinline__ uint16_t portable_signed(const Place& at, const float (&x)[kVector], Codes& code) {
+  FUSED_RARE();
   uint32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) largest = larger(largest, j < at.count ? block8_magnitude(x[j]) : 0u);
@@ -208,6 +214,7 @@ __device__ __forceinline__ uint32_t deficits(const float (&x)[kVector], uint32_t
     nonzero &= a + kMagnitudes;  // carries into the high bits
   }
   if ((~nonzero & (0x8000u * kHalves)) == 0u) return (sums & 0xffffu) + (sums >> 16) + (uint32_t(kVector) << kCountShift);
+  FUSED_RARE();
   sums = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
@@ -231,7 +238,7 @@ __device__ __forceinline__ SignedScale signed_scale(uint32_t largest, uint32_t c
 }
 
 __device__ __forceinline__ float signed_gain(float top, uint32_t curve) {
-  return quotient(of_curve(curve, kFlat.bend, kSteep.bend, kRoot.bend), top);
+  return ratio(of_curve(curve, kFlat.bend, kSteep.bend, kRoot.bend), top);
 }
 
 // Levels in low bytes. A block's own scale leaves nothing that would be rounded to a level above the last.
@@ -244,7 +251,7 @@ __device__ __forceinline__ void signed_codes(const float (&x)[kVector], float to
   for (int j = 0; j < kVector; ++j) {
     float z = x[j] * gain;
     if (ROOT) z = float_of(((bits_of(fabsf(z)) >> root.halvings) + root.bias) | (bits_of(x[j]) & ~kMagnitude));
-    word[j] = bits_of(quotient(reach * z, 1.0f + fabsf(z)) + 0x1.8p23f);  // to nearest even
+    word[j] = bits_of(ratio(reach * z, 1.0f + fabsf(z)) + 0x1.8p23f);  // to nearest even
   }
   pack(word, code);
 }
@@ -266,6 +273,7 @@ __device__ __forceinline__ uint16_t encode_signed(const Place& at, const float (
     signed_codes<false>(x, scale.top, curve, code);
     return scale.word;
   }
+  FUSED_RARE();
   const uint32_t curve = block8_curve(int32_t(deficit), int32_t(count));
   const SignedScale scale = signed_scale(largest, curve);
   signed_codes<true>(x, scale.top, curve, code);
@@ -283,6 +291,7 @@ __device__ __forceinline__ void decode_unsigned(const Codes& code, uint16_t scal
 #pragma unroll
     for (int j = 0; j < kVector; ++j) x[j] = float_of(byte_of(code, j) * uint32_t(block.step) + before);
   } else {
+    FUSED_RARE();
 #pragma unroll
     for (int j = 0; j < kVector; ++j) x[j] = block8_decode(uint8_t(byte_of(code, j)), block);
   }
@@ -302,6 +311,7 @@ struct Thresholds {
 };
 
 __device__ __forceinline__ uint16_t portable_unsigned(const Place& at, const float (&x)[kVector], Codes& code, uint32_t step) {
+  FUSED_RARE();
   uint32_t smallest = kMagnitude, largest = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
@@ -323,6 +333,7 @@ __device__ __forceinline__ uint16_t portable_unsigned(const Place& at, const flo
 
 // Of nonnegative values, the least pattern that is not zero.
 __device__ __forceinline__ uint32_t smallest_nonzero(const float (&x)[kVector]) {
+  FUSED_RARE();
   uint32_t smallest = kMagnitude;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) smallest = bits_of(x[j]) == 0u ? smallest : smaller(smallest, bits_of(x[j]));
@@ -366,7 +377,7 @@ __device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float
   // A step is its scale's number as a float: what block8_scale_unsigned takes from one, and block8_unsigned puts into one.
   const int32_t number = int32_t((bits_of(range * (1.0f / 253.0f)) + 0xfffffu) >> kStepShift);
   const uint32_t bounded = uint32_t(clamp(number, int32_t(kSmallestStep), int32_t(kSmallestStep) + 63));
-  const float inverse = quotient(1.0f, float_of(bounded << kStepShift));
+  const float inverse = ratio(1.0f, float_of(bounded << kStepShift));
   const bool inside = largest < kInfinity && smallest >= 4u << kLowShift && range * inverse < kSurelyLevels;
   if (__any_sync(kAllLanes, at.count < kVector || !inside)) return portable_unsigned(at, x, code, step);
   const UnsignedLevels block = {low, inverse};
@@ -374,9 +385,11 @@ __device__ __forceinline__ uint16_t encode_unsigned(const Place& at, const float
   if (threshold.narrow == 0u) {  // for all but the first steps
     unsigned_codes(x, block, code, [&](int j) { return block8_threshold(threshold.start, 0u, uint32_t(j)); });
   } else {
+    FUSED_RARE();
     unsigned_codes(x, block, code, [&](int j) { return threshold[j]; });
   }
   if (zeros) {
+    FUSED_RARE();
 #pragma unroll
     for (int j = 0; j < kVector; ++j) code[j / 4] &= bits_of(x[j]) == 0u ? ~(0xffu << (8 * (j % 4))) : kAllLanes;
   }

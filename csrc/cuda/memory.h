@@ -11,6 +11,11 @@
 
 namespace fused::cuda {
 
+// Marks what whole vectors of ordinary contents do not run; the count of a kernel's instructions has it leave a trace.
+#if !defined(FUSED_RARE)
+#define FUSED_RARE()
+#endif
+
 constexpr int kVector = 8;  // elements per thread where formats differ: 16 bytes of a 16-bit one
 
 // What a thread works on: elements [begin, begin + count) of a tensor.
@@ -86,6 +91,7 @@ __device__ __forceinline__ void load_raw(const Raw* address, int count, Raw (&ou
   if (count >= V && reinterpret_cast<uintptr_t>(address) % kWordBytes<V * int(sizeof(Raw))> == 0) {
     load_vector<REUSE>(address, out);
   } else {
+    FUSED_RARE();
 #pragma unroll
     for (int j = 0; j < V; ++j) out[j] = j < count ? load_word<REUSE>(address + j) : Raw(0);
   }
@@ -103,6 +109,7 @@ __device__ __forceinline__ void store_raw(Raw* address, int count, const Raw (&i
   if (count >= V && reinterpret_cast<uintptr_t>(address) % kWordBytes<V * int(sizeof(Raw))> == 0) {
     store_vector<REUSE>(address, in);
   } else {
+    FUSED_RARE();
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (j < count) address[j] = in[j];

@@ -98,6 +98,7 @@ __device__ __forceinline__ void store_block8(const TensorRow& row, int k, const 
     // As words: of bytes compilers put them together anew.
     store_vector<Reuse::kOnce>(reinterpret_cast<uint32_t*>(to), code);
   } else {
+    FUSED_RARE();
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
       if (j < at.count) to[j] = uint8_t(byte_of(code, j));

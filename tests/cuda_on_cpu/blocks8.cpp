@@ -65,7 +65,7 @@ void decode_unsigned_all(Report report) {
 uint32_t portable_level(float z, const Curve8& curve) { return block8_encode(z, Block8Signed{curve, 1.0f, 1.0f}); }
 
 uint32_t level_of(float z, uint32_t curve) {
-  const float most = float(kSignedLevels), y = quotient(reach_of(curve) * z, 1.0f + z);
+  const float most = float(kSignedLevels), y = ratio(reach_of(curve) * z, 1.0f + z);
   return bits_of((y < most ? y : most) + 0x1.8p23f) & 0x7fu;
 }
 
@@ -115,7 +115,7 @@ void largest_magnitudes(Report report) {
 template <class Report>
 void unsigned_steps(Report report) {
   for (unsigned index = 0; index < 64u; ++index) {
-    const float inverse = quotient(1.0f, float_of((index + kSmallestStep) << kStepShift));
+    const float inverse = ratio(1.0f, float_of((index + kSmallestStep) << kStepShift));
     report(same(inverse, block8_unsigned(uint16_t(index)).inverse), index, bits_of(inverse));
   }
 }
