@@ -53,7 +53,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "first-steps": ("threshold.narrow == 0u", "true"),
     "curve-at-its-end": ("deficit <= uint32_t(kSquareRoot)", "deficit < uint32_t(kSquareRoot)"),
 }
-"""A place in csrc/cuda/blocks8.h, and what is put there instead."""
+"""A place in csrc/cuda/blocks8_warp.h, and what is put there instead."""
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ PLANTED: dict[str, tuple[str, str]] = {
 def test_planted_defects_are_found(name: str, tmp_path: Path) -> None:
     good, bad = PLANTED[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    target = tmp_path / "csrc" / "cuda" / "blocks8.h"
+    target = tmp_path / "csrc" / "cuda" / "blocks8_warp.h"
     text = target.read_text()
     assert text.count(good) == 1, "there is no such place any more"
     target.write_text(text.replace(good, bad))

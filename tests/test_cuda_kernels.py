@@ -577,8 +577,8 @@ PLANTED: dict[str, Defect] = {
     "rows-read-early": ("update_mixed.cu", "  __syncthreads();\n  if (!chunk.skip)", "  if (!chunk.skip)"),
     "vectors-of-the-norm": ("reduce.cu", "const bool whole = n % V == 0 && ", "const bool whole = "),
     "lane-mask": (
-        "operands.h",
-        "__shfl_xor_sync(0xffffffffu, value, lanes, kBlockLanes)",
+        "blocks8_warp.h",
+        "__shfl_xor_sync(kAllLanes, value, lanes, kBlockLanes)",
         "__shfl_xor_sync(0x00ffffffu, value, lanes, kBlockLanes)",
     ),
     "lanes-leave-early": ("update_mixed.cu", "kLanesMeet = true;", "kLanesMeet = false;"),

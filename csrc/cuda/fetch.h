@@ -7,7 +7,7 @@
 // would be 12 KB.
 #pragma once
 
-#include "blocks8.h"
+#include "blocks8_warp.h"
 
 namespace fused::cuda {
 

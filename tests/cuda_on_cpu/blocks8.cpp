@@ -1,4 +1,4 @@
-// csrc/cuda/blocks8.h against csrc/blocks8.h: whole tensors of every content that is dealt with apart, and divisions of every
+// csrc/cuda/blocks8_warp.h against csrc/blocks8.h: whole tensors of every content that is dealt with apart, and divisions of every
 // operand that matters with every reciprocal that a device may give. Prints what differs, and ends with the first check that
 // finds something.
 #include <cstdio>
@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/blocks8.h"
+#include "cuda/blocks8_warp.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// 8-bit blocks on the device. ../blocks8.h defines them; this is how a thread gets to the same bits in a quarter of the
+// 8-bit blocks on the device. ../blocks8.h defines them; this is how a thread gets to the same bits in less than half the
 // instructions, without which the update would wait for instructions and not for memory.
 //
 // A thread holds kVector elements, kBlockLanes neighbouring lanes a block. What is rare (NaN, infinities, values outside the
