@@ -3,7 +3,7 @@
 //
 // A thread holds kVector elements, kBlockLanes neighbouring lanes a block. What is rare (NaN, infinities, values outside the
 // reach of a scale, vectors that are not whole) is looked for once per thread, and left to the definition. Divisions
-// are a rough reciprocal and one correction where that is known to give the same bits: tests/cuda_on_cpu/blocks8.cpp tries
+// are a rough reciprocal and one correction where that is known to give the same bits: tests/cuda_on_cpu/conversions.cpp tries
 // every operand that matters.
 #pragma once
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "blocks8_warp.h"
+#include "remainders.h"
 
 namespace fused::cuda {
 
@@ -84,16 +85,24 @@ __device__ __forceinline__ void join(const Fetched& raw, float (&x)[kVector], Jo
   for (int j = 0; j < kVector; ++j) x[j] = f(high[j], low[j]);
 }
 
+template <class Remainder>
+__device__ __forceinline__ void join_words(const Fetched& raw, float (&x)[kVector]) {
+  uint32_t high[kPairs], low[Remainder::kWords];
+  memcpy(high, raw.word, sizeof high);
+  memcpy(low, raw.word + kBehindHalves, sizeof low);
+  join_bf16<Remainder>(high, low, x);
+}
+
 __device__ __forceinline__ void param_to_float(const TensorRow& row, const Fetched& raw, float (&x)[kVector]) {
   const bool bf16 = row.param_format == kBFloat16;
   switch (row.master_format) {
     case kFloat32:
       return to_float(kFloat32, raw, x);
     case kRemainder16:
-      if (bf16) return join<int16_t>(raw, x, [](uint16_t p, int16_t r) { return join16_bf16(p, r); });
+      if (bf16) return join_words<Halves>(raw, x);
       return join<int16_t>(raw, x, [](uint16_t p, int16_t r) { return join16_fp16(p, r); });
     case kRemainder8:
-      if (bf16) return join<int8_t>(raw, x, [](uint16_t p, int8_t r) { return join8_bf16(p, r); });
+      if (bf16) return join_words<Bytes>(raw, x);
       return join<int8_t>(raw, x, [](uint16_t p, int8_t r) { return join8_fp16(p, r); });
     default:
       return to_float(row.param_format, raw, x);

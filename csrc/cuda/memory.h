@@ -116,6 +116,21 @@ __device__ __forceinline__ void store_raw(Raw* address, int count, const Raw (&i
   }
 }
 
+// A thread's elements, packed into words: of elements that are smaller, compilers would put them together anew.
+template <Reuse REUSE, class Raw, int W>
+__device__ __forceinline__ void store_packed(Raw* address, int count, const uint32_t (&word)[W]) {
+  static_assert(sizeof word == kVector * sizeof(Raw), "");
+  if (count >= kVector && reinterpret_cast<uintptr_t>(address) % sizeof word == 0) {
+    store_vector<REUSE>(reinterpret_cast<uint32_t*>(address), word);
+  } else {
+    FUSED_RARE();
+    constexpr int kEach = kVector / W, kBits = 32 / kEach;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      if (j < count) address[j] = Raw(word[j / kEach] >> (j % kEach * kBits));
+  }
+}
+
 // Stored elements as T. `base` is the tensor's address, `begin` the thread's first element.
 template <Reuse REUSE, class T, int V>
 __device__ __forceinline__ void load(uint8_t format, const void* base, int64_t begin, int count, T (&out)[V]) {

@@ -67,6 +67,15 @@ __device__ __forceinline__ void split(const TensorRow& row, const Place& at, con
   store_raw<Reuse::kOnce>(static_cast<Low*>(row.master) + at.begin, at.count, low);
 }
 
+// The same to nearest, for bfloat16.
+template <class Remainder>
+__device__ __forceinline__ void split_nearest(const TensorRow& row, const Place& at, const float (&x)[kVector]) {
+  uint32_t high[kPairs], low[Remainder::kWords];
+  split_bf16<Remainder>(x, high, low);
+  store_packed<Reuse::kAgain>(static_cast<unsigned short*>(row.param) + at.begin, at.count, high);
+  store_packed<Reuse::kOnce>(static_cast<typename Remainder::Low*>(row.master) + at.begin, at.count, low);
+}
+
 __device__ __forceinline__ void store_param(const TensorRow& row, const Place& at, const float (&x)[kVector], const Rounding& r) {
   const bool bf16 = row.param_format == kBFloat16;
   switch (row.master_format) {
@@ -74,9 +83,10 @@ __device__ __forceinline__ void store_param(const TensorRow& row, const Place& a
       store_as<Reuse::kOnce, float>(row.master, at, x, [](float v, int) { return v; });
       break;
     case kRemainder16:
-      if (bf16) return split<int16_t>(row, at, x, [](float v, int) { return split16_bf16(v); });
+      if (bf16) return split_nearest<Halves>(row, at, x);
       return split<int16_t>(row, at, x, [](float v, int) { return split16_fp16(v); });
     case kRemainder8: {
+      if (bf16 && !r.stochastic) return split_nearest<Bytes>(row, at, x);
       const auto round = [&](int j) { return r.stochastic ? r.random[j] >> 24 : 0x80u; };
       if (bf16) return split<int8_t>(row, at, x, [&](float v, int j) { return split8_bf16(v, round(j)); });
       return split<int8_t>(row, at, x, [&](float v, int j) { return split8_fp16(v, round(j)); });
@@ -93,16 +103,7 @@ __device__ __forceinline__ void store_block8(const TensorRow& row, int k, const 
   Codes code;
   const uint16_t scale = row.state_format[k] == kBlock8Signed ? encode_signed(at, x, code) : encode_unsigned(at, x, code, step);
   if (at.count > 0 && at.begin % kBlock8 == 0) static_cast<uint16_t*>(row.scale[k])[block_of(at)] = scale;
-  uint8_t* const to = static_cast<uint8_t*>(row.state[k]) + at.begin;
-  if (at.count == kVector && reinterpret_cast<uintptr_t>(to) % sizeof code == 0) {
-    // As words: of bytes compilers put them together anew.
-    store_vector<Reuse::kOnce>(reinterpret_cast<uint32_t*>(to), code);
-  } else {
-    FUSED_RARE();
-#pragma unroll
-    for (int j = 0; j < kVector; ++j)
-      if (j < at.count) to[j] = uint8_t(byte_of(code, j));
-  }
+  store_packed<Reuse::kOnce>(static_cast<uint8_t*>(row.state[k]) + at.begin, at.count, code);
 }
 
 // ---- rounding included ----

@@ -1,4 +1,7 @@
-"""8-bit blocks as the CUDA kernels compute them, against the text that defines them (``cuda_on_cpu/blocks8.cpp``)."""
+"""8-bit blocks and remainders as the CUDA kernels compute them, against the text that defines them.
+
+The comparison is a program of its own, ``cuda_on_cpu/conversions.cpp``.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ if not sys.platform.startswith("linux"):
 
 def differences(csrc: Path, folder: Path) -> str:
     """What the program says of these sources; empty where all is as it should be."""
-    program = folder / "blocks8"
-    sources = [HERE / "blocks8.cpp", HERE / "runtime.cpp"]
+    program = folder / "conversions"
+    sources = [HERE / "conversions.cpp", HERE / "runtime.cpp"]
     run([*compiler(), *FLAGS, f"-I{HERE / 'include'}", f"-I{csrc}", *map(str, sources), "-o", str(program)])
     result = subprocess.run([str(program)], capture_output=True, text=True)
     return result.stdout + result.stderr if result.returncode else ""
@@ -51,9 +54,11 @@ PLANTED: dict[str, tuple[str, str]] = {
     "codes-of-zeros": ("  if (zeros) {", "  if (false) {"),
     "denormal-ranges": (" && smallest >= 4u << kLowShift", ""),
     "first-steps": ("threshold.narrow == 0u", "true"),
+    "nan-unseen-by-remainders": ("return sum != sum;", "return false;"),
+    "rounded-to-16-bits-alone": ("kRound = 0x8080u", "kRound = 0x8000u"),
     "curve-at-its-end": ("deficit <= uint32_t(kSquareRoot)", "deficit < uint32_t(kSquareRoot)"),
 }
-"""A place in csrc/cuda/blocks8_warp.h, and what is put there instead."""
+"""A place in the sources of csrc/cuda, and what is put there instead."""
 
 
 @pytest.mark.slow
@@ -61,8 +66,8 @@ PLANTED: dict[str, tuple[str, str]] = {
 def test_planted_defects_are_found(name: str, tmp_path: Path) -> None:
     good, bad = PLANTED[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    target = tmp_path / "csrc" / "cuda" / "blocks8_warp.h"
+    (target,) = (path for path in (tmp_path / "csrc" / "cuda").iterdir() if good in path.read_text())
     text = target.read_text()
-    assert text.count(good) == 1, "there is no such place any more"
+    assert text.count(good) == 1, "there is more than one such place"
     target.write_text(text.replace(good, bad))
     assert differences(tmp_path / "csrc", tmp_path) != ""

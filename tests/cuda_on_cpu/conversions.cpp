@@ -1,12 +1,13 @@
-// csrc/cuda/blocks8_warp.h against csrc/blocks8.h: whole tensors of every content that is dealt with apart, and divisions of every
-// operand that matters with every reciprocal that a device may give. Prints what differs, and ends with the first check that
-// finds something.
+// csrc/cuda/blocks8_warp.h and remainders.h against csrc/blocks8.h and formats.h: whole tensors of every content that is dealt
+// with apart, and divisions of every operand that matters with every reciprocal that a device may give. Prints what differs, and
+// ends with the first check that finds something.
 #include <cstdio>
 #include <random>
 #include <type_traits>
 #include <vector>
 
 #include "cuda/blocks8_warp.h"
+#include "cuda/remainders.h"
 
 namespace {
 
@@ -261,11 +262,51 @@ void level_above_the_last(Report report) {
   }
 }
 
+// ---- remainders ----
+
+bool is_nan(float x) { return (bits_of(x) & kMagnitude) > kInfinity; }
+
+// Patterns at random: among all of them, or none that is NaN; zeros among the parameters, and infinities.
+uint32_t pattern(Random& random, bool finite) {
+  const uint32_t u = random();
+  if (one_in(random, 50u)) return (u & 0x80000000u) | kInfinity;
+  return finite && is_nan(float_of(u)) ? u ^ 0x40000000u : u;
+}
+
+template <class Remainder, class Report>
+void remainders(Report report) {
+  Random random(2);
+  for (unsigned turn = 0; turn < 200000u; ++turn) {
+    uint16_t param[kVector];
+    typename Remainder::Low low[kVector];
+    uint32_t high_words[kPairs], low_words[Remainder::kWords];
+    float x[kVector];
+    for (int j = 0; j < kVector; ++j) {
+      param[j] = uint16_t(turn % 3u == 0u && one_in(random, 5u) ? random() & 0x8000u : pattern(random, turn % 2u == 0u) >> 16);
+      low[j] = typename Remainder::Low(random());
+    }
+    std::memcpy(high_words, param, sizeof param);
+    std::memcpy(low_words, low, sizeof low);
+    join_bf16<Remainder>(high_words, low_words, x);
+    for (int j = 0; j < kVector; ++j) report(same(x[j], Remainder::join(param[j], low[j])), param[j], unsigned(low[j]));
+    for (float& value : x) value = float_of(pattern(random, turn % 2u == 0u));
+    split_bf16<Remainder>(x, high_words, low_words);
+    std::memcpy(param, high_words, sizeof param);
+    std::memcpy(low, low_words, sizeof low);
+    for (int j = 0; j < kVector; ++j) {
+      const auto parts = Remainder::split(x[j]);
+      report(parts.param == param[j] && parts.remainder == low[j], bits_of(x[j]), param[j]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   constexpr int kAny = cuda_on_cpu::kAnyUlp;
   const bool differs = run("tensors", [](auto report) { tensors(report); }, kAny, kAny) ||
+                       run("remainders in bytes", [](auto report) { remainders<Bytes>(report); }, 0, 0) ||
+                       run("remainders in halves", [](auto report) { remainders<Halves>(report); }, 0, 0) ||
                        run("level_above_the_last", [](auto report) { level_above_the_last(report); }, 0, 0) ||
                        run("unsigned_steps", [](auto report) { unsigned_steps(report); }) ||
                        run("gains", [](auto report) { gains(report); }) ||
