@@ -284,9 +284,8 @@ def host_flags(host: Host, cuda: Cuda | None, pybind11_include: Path) -> list[st
 
 def nvcc_flags(host: Host, cuda: Cuda) -> list[str]:
     last = cuda.archs[-1]
-    threads = max(1, min(len(cuda.archs), jobs() // len(cuda_sources())))
     return [
-        *("-O3", "-std=c++17", "-Icsrc", "--fmad=false", "-DFUSED_WITH_CUDA=1", f"--threads={threads}"),
+        *("-O3", "-std=c++17", "-Icsrc", "--fmad=false", "-DFUSED_WITH_CUDA=1"),
         *(flag for arch in cuda.archs for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")),
         *("-gencode", f"arch=compute_{last},code=compute_{last}"),
         *(["--compress-mode=size"] if cuda.compress else []),
@@ -294,6 +293,12 @@ def nvcc_flags(host: Host, cuda: Cuda) -> list[str]:
         *(["--Werror=all-warnings"] if switch("FUSED_WERROR") else []),
         f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-Wall', *STRICT_MATH])}",
     ]
+
+
+def archs_at_once(source: Path, cuda: Cuda) -> int:
+    """Of one source, which is a job by itself; the longest would be the last to end."""
+    share = jobs() // (2 if source == LONGEST else len(cuda_sources()))
+    return max(1, min(len(cuda.archs), share))
 
 
 def link_flags(host: Host, cuda: Cuda | None) -> list[str]:
@@ -314,7 +319,10 @@ def write_ninja(folder: Path, target: Path, host: Host, cuda: Cuda | None, pybin
     # Rule, source, object's name, flags.
     units = [("cxx", path, ".".join(path.parts), [isa_list]) for path in native_sources() if path != KERNELS]
     if cuda:
-        units += [("nvcc", path, ".".join(path.parts), [isa_list]) for path in cuda_sources()]
+        units += [
+            ("nvcc", path, ".".join(path.parts), [isa_list, f"--threads={archs_at_once(path, cuda)}"])
+            for path in cuda_sources()
+        ]
     # Last, and the widest instruction set at the end: of inline functions that several objects carry the linker keeps
     # the first one, which must not hold instructions that the machine may not have.
     units += [

@@ -354,12 +354,33 @@ def test_finds_nvcc_of_pip(fake_cuda: Path, setup_py: ModuleType, monkeypatch: p
 
 def test_nvcc_flags(fake_cuda: Path, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     host = setup_py.Host(["g++"], "g++", True, {"baseline": []})
-    monkeypatch.setenv("MAX_JOBS", "6")
     flags = setup_py.nvcc_flags(host, setup_py.find_cuda())
     assert {"arch=compute_75,code=sm_75", "arch=compute_120,code=compute_120"} <= set(flags)
     assert sum("code=compute_" in flag for flag in flags) == 1
-    assert {"--fmad=false", "--compress-mode=size", "--threads=3"} <= set(flags)
+    assert {"--fmad=false", "--compress-mode=size"} <= set(flags)
     assert not {"--use_fast_math", "-lineinfo"} & set(flags)
+
+
+def test_the_longest_source_begins_first(
+    fake_cuda: Path, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is linked keeps its order: the kernels of the widest instruction set come last."""
+    assert (ROOT / setup_py.LONGEST).is_file()
+    host = setup_py.Host(["g++"], "g++", True, {"baseline": [], "avx2": ["-mavx2"]})
+    cuda = setup_py.find_cuda()
+    monkeypatch.setattr(setup_py, "cuda_sources", lambda: [Path("csrc/cuda/a.cu"), setup_py.LONGEST])
+    text = setup_py.write_ninja(tmp_path, tmp_path / "_C.so", host, cuda, Path("pybind11")).read_text()
+    builds = [line.split(":")[1].split() for line in text.splitlines() if line.startswith("build ")]
+    assert [source for _, source, *_ in builds[:2]] == [str(setup_py.LONGEST), "csrc/cuda/a.cu"]
+    assert [Path(path).name for path in builds[-1][-2:]] == ["baseline.kernels.cpp.o", "avx2.kernels.cpp.o"]
+    for jobs, longest, other in (("1", 1, 1), ("6", 3, 3), ("64", 5, 5)):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        assert setup_py.archs_at_once(setup_py.LONGEST, cuda) == longest
+        assert setup_py.archs_at_once(Path("csrc/cuda/a.cu"), cuda) == other
+    monkeypatch.setattr(setup_py, "cuda_sources", lambda: [Path("csrc/cuda/a.cu")] * 10)
+    monkeypatch.setenv("MAX_JOBS", "8")
+    assert setup_py.archs_at_once(setup_py.LONGEST, cuda) == 4
+    assert setup_py.archs_at_once(Path("csrc/cuda/a.cu"), cuda) == 1
 
 
 def test_math_flags_win_over_the_users(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
