@@ -94,7 +94,7 @@ def adam(rule: Rule) -> Iterator[Defect]:
         ("@1.0 - pow(h[kBeta2], step)@", "1.0 - pow(h[kBeta2], step + 1.0)"),
         ("_correction(beta2, step)", "_correction(beta2, step + 1)"),
     )
-    root = "@sqrt_(second) / c.correction2_sqrt + c.eps@"
+    root = "@quotient(sqrt_(second), c.correction2_sqrt, c.correction2_inverse) + c.eps@"
     plain_root = 'second.sqrt() / _correction(beta2, step) ** 0.5 + h["eps"]'
     yield rule.both(
         "eps in the root",
