@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("cuda_registers.json")
 ARCHS = ("80", "90", "100")
+FLAGS = ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "--fmad=false"]
 SLACK = 4
 """Registers that another release of the compiler may take more."""
 
@@ -52,7 +53,7 @@ def compile_one(source: Path, folder: Path) -> Report:
     """One source for all architectures, as setup.py compiles it; the object stays in ``folder``."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    command = [nvcc, "-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "--fmad=false", "-Xptxas", "-v", "-c", str(source)]
+    command = [nvcc, *FLAGS, "-Xptxas", "-v", "-c", str(source)]
     command += [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     result = subprocess.run(
         [*command, "-o", str(folder / f"{source.stem}.o")], capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -126,8 +127,8 @@ def test_registers_do_not_grow(report: Report) -> None:
     assert grown == {}
 
 
-def instructions(path: Path, arch: str) -> Iterator[tuple[str, str]]:
-    """(kernel, its machine code) of an object file."""
+def functions(path: Path, arch: str) -> Iterator[tuple[str, str]]:
+    """(mangled name, machine code) of an object file."""
     tool = find_cuobjdump()
     if tool is None:
         pytest.skip("cuobjdump is neither with nvcc nor with Triton")
@@ -135,7 +136,12 @@ def instructions(path: Path, arch: str) -> Iterator[tuple[str, str]]:
     assert dump.returncode == 0, dump.stderr
     for part in dump.stdout.split("Function : ")[1:]:
         name, _, code = part.partition("\n")
-        yield readable(name.strip()), code
+        yield name.strip(), code
+
+
+def instructions(path: Path, arch: str) -> Iterator[tuple[str, str]]:
+    """(kernel, its machine code) of an object file."""
+    return ((readable(name), code) for name, code in functions(path, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

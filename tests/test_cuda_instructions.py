@@ -14,8 +14,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-from test_cuda_compile import ROOT, find_cuobjdump, find_nvcc, pytestmark  # noqa: F401
+from test_cuda_compile import FLAGS, find_nvcc, functions, pytestmark  # noqa: F401
 
 SOURCE = Path(__file__).with_name("cuda_instructions.cu")
 TABLE = SOURCE.with_suffix(".json")
@@ -29,18 +28,13 @@ FORMATS = dict(enumerate(("", "float32", "", "bfloat16", "float16", "remainder16
 
 
 def count(folder: Path) -> dict[str, float]:
-    nvcc, tool = find_nvcc(), find_cuobjdump()
-    if nvcc is None or tool is None:
-        pytest.skip("needs nvcc and cuobjdump")
-    binary = folder / "counted.cubin"
-    flags = ["-O3", "-std=c++17", "-I", str(ROOT / "csrc"), "--fmad=false", "-cubin", f"-arch=sm_{ARCH}"]
-    flags.append('-DFUSED_RARE()=asm volatile("pmevent 0;")')
-    command = [nvcc, *flags, str(SOURCE), "-o", str(binary)]
+    nvcc, binary = find_nvcc(), folder / "counted.cubin"
+    assert nvcc is not None
+    mark = '-DFUSED_RARE()=asm volatile("pmevent 0;")'
+    command = [nvcc, *FLAGS, mark, "-cubin", f"-arch=sm_{ARCH}", str(SOURCE), "-o", str(binary)]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-    dump = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
     found = {}
-    for part in dump.split("Function : ")[1:]:
-        name, _, code = part.partition("\n")
+    for name, code in functions(binary, ARCH):
         if formats := re.search(r"counted(?:ILh(\d+)ELh(\d+)ELh(\d+)ELh(\d+)E)", name):
             param, master, first, second = (FORMATS[int(number)] for number in formats.groups())
             states = first if first == second else f"{first} and {second}"

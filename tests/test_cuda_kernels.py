@@ -23,7 +23,7 @@ import pytest
 import torch
 from cases import IDS, VARIANTS, Case, Variant
 from cuda_on_cpu.backend import FORWARD, RANDOM, REVERSE, CudaOnCpu, device_table
-from cuda_on_cpu.build import CSRC, SANITIZED, build, compiler
+from cuda_on_cpu.build import CSRC, FLAGS, SANITIZED, build, compiler, run
 from cuda_on_cpu.defects import Defect, check_found
 from torch import Tensor
 
@@ -163,6 +163,7 @@ def test_same_bits_as_the_cpu(served: CudaOnCpu, rule: str, storage: str) -> Non
 
 
 QUOTIENTS = """
+#include <cstdint>
 #include "rules.h"
 extern "C" int64_t wrong(const float* x, int64_t count, float divisor) {
   int64_t found = 0;
@@ -178,10 +179,9 @@ extern "C" int64_t wrong(const float* x, int64_t count, float divisor) {
 def test_a_shared_divisor_divides_to_the_bit(tmp_path: Path) -> None:
     """Every mantissa of a root, and its ends, by corrections of the second moment."""
     source = tmp_path / "quotients.cpp"
-    source.write_text("#include <cstdint>\n" + QUOTIENTS)
+    source.write_text(QUOTIENTS)
     library = tmp_path / "quotients.so"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-DFUSED_GPU_ARITHMETIC=1", f"-I{CSRC}", "-shared", "-fPIC"]
-    subprocess.run([*compiler(), *flags, str(source), "-o", str(library)], check=True, stdin=subprocess.DEVNULL)
+    run([*compiler(), *FLAGS, "-fvisibility=default", f"-I{CSRC}", "-shared", str(source), "-o", str(library)])
     wrong = ctypes.CDLL(str(library)).wrong
     wrong.restype = ctypes.c_int64
     wrong.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float]

@@ -37,7 +37,8 @@ template <class T>
 __device__ __forceinline__ T smaller(T a, T b) { return a < b ? a : b; }
 template <class T>
 __device__ __forceinline__ T larger(T a, T b) { return a > b ? a : b; }
-__device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) { return a + b; }
+template <class T>
+__device__ __forceinline__ T plus(T a, T b) { return a + b; }
 
 // The larger of two that have no sign, or NaN. In one instruction, which C++ has no name for.
 __device__ __forceinline__ float larger_or_nan(float a, float b) {
@@ -187,8 +188,8 @@ __device__ __forceinline__ uint16_t portable_signed(const Place& at, const float
     deficit += block8_deficit(a, largest >> 16);
     nonzero += int32_t(a != 0u);
   }
-  deficit = over_block(deficit, [](int32_t a, int32_t b) { return a + b; });
-  nonzero = over_block(nonzero, [](int32_t a, int32_t b) { return a + b; });
+  deficit = over_block(deficit, plus<int32_t>);
+  nonzero = over_block(nonzero, plus<int32_t>);
   const uint16_t scale = block8_scale_signed(largest, block8_curve(deficit, nonzero));
   const Block8Signed block = block8_signed(scale);
   uint32_t word[kVector];
@@ -265,7 +266,7 @@ __device__ __forceinline__ uint16_t encode_signed(const Place& at, const float (
   most = over_block(most, larger_or_nan);
   if (__any_sync(kAllLanes, at.count < kVector || !(most < kHuge))) return portable_signed(at, x, code);
   const uint32_t largest = bits_of(most);
-  const uint32_t sums = over_block(deficits(x, largest), plus);
+  const uint32_t sums = over_block(deficits(x, largest), plus<uint32_t>);
   const uint32_t deficit = sums & ((1u << kCountShift) - 1u), count = sums >> kCountShift;
   if (deficit <= uint32_t(kSquareRoot) * count) {  // most blocks
     const uint32_t curve = deficit > uint32_t(kSteeper) * count;
