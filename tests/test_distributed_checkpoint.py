@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from cases import CASES
+from two_processes import WORLD, dist, in_two_processes
 
 import fused
 from fused.state import local
 
-dist = pytest.importorskip("torch.distributed")
-if not dist.is_available():
-    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
-
-WORLD = 2
 FORMATS: list[tuple[type[fused.FusedOptimizer], dict[str, Any]]] = [
     (fused.AdamW, {}),
     (fused.AdamW, {"max_grad_norm": 0.1, "state_dtype": torch.bfloat16, "stochastic_rounding": True}),
@@ -133,11 +127,10 @@ def _zero_redundancy(rank: int) -> list[str]:
     return wrong
 
 
-def _work(rank: int, port: int, out: str) -> None:
+def _work(out: Path) -> list[str]:
+    """What did not resume."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (WORLD,))
     wrong = []
     for number, (cls, options) in enumerate(FORMATS):
@@ -148,17 +141,12 @@ def _work(rank: int, port: int, out: str) -> None:
                 folder = f"{out}/{number}-{how}-{sharding is None}"
                 if not _resumed(cls, options, sharding, how, folder):
                     wrong.append(f"{cls.__name__} {options} {how} {'whole' if sharding is None else 'sharded'}")
-    wrong += _zero_redundancy(rank)
+    wrong += _zero_redundancy(dist.get_rank())
     if not _whole_state_is_refused(mesh):
         wrong.append("a whole state was taken for a part")
-    Path(out, f"wrong-{rank}").write_text("\n".join(wrong))
-    dist.destroy_process_group()
+    return wrong
 
 
 @pytest.mark.slow
 def test_distributed_checkpoints_resume_bit_for_bit(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, (port, str(tmp_path)), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    assert [(tmp_path / f"wrong-{rank}").read_text() for rank in range(WORLD)] == ["", ""]
+    assert in_two_processes(_work, tmp_path) == [[], []]

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from cases import CASES
+from two_processes import WORLD, in_two_processes
 
 import fused
 
-dist = pytest.importorskip("torch.distributed")
-if not dist.is_available():
-    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
-
-WORLD = 2
 SHAPES = [(5, 3), (8,), (1, 4)]  # shards of unequal sizes, and an empty one
 
 
-def _compare(rank: int, port: int, out: str) -> None:
-    """Steps whole and sharded parameters in one of two processes; writes what differs."""
+def _compare(_: Path) -> list[str]:
+    """Steps whole and sharded parameters; what differs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (WORLD,))
     wrong = []
     for case in CASES:
@@ -49,16 +41,13 @@ def _compare(rank: int, port: int, out: str) -> None:
                     same = same and (name == "step" or isinstance(value, DTensor))
                 if not same:
                     wrong.append(f"{case.name} {backend} {tuple(p.shape)}")
-    (Path(out) / str(rank)).write_text("\n".join(wrong))
-    dist.destroy_process_group()
+    return wrong
 
 
-def _train(rank: int, port: int, out: str) -> None:
-    """FSDP2 beside the same model in one piece."""
+def _train(_: Path) -> list[int]:
+    """FSDP2 beside the same model in one piece: the parameters that differ."""
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     results = []
     for shard in (False, True):
         torch.manual_seed(0)
@@ -72,24 +61,14 @@ def _train(rank: int, port: int, out: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
         results.append([p.full_tensor() if shard else p for p in net.parameters()])
-    wrong = [str(i) for i, (p, q) in enumerate(zip(*results, strict=True)) if not torch.allclose(p, q, atol=1e-5)]
-    (Path(out) / str(rank)).write_text("\n".join(wrong))
-    dist.destroy_process_group()
-
-
-def _run(worker: object, out: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(out)), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    assert [(out / str(rank)).read_text() for rank in range(WORLD)] == ["", ""]
+    return [i for i, (p, q) in enumerate(zip(*results, strict=True)) if not torch.allclose(p, q, atol=1e-5)]
 
 
 @pytest.mark.slow
 def test_sharded_steps_are_those_of_whole_parameters(tmp_path: Path) -> None:
-    _run(_compare, tmp_path)
+    assert in_two_processes(_compare, tmp_path) == [[], []]
 
 
 @pytest.mark.slow
 def test_fsdp2_training(tmp_path: Path) -> None:
-    _run(_train, tmp_path)
+    assert in_two_processes(_train, tmp_path) == [[], []]

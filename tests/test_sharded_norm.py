@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from two_processes import dist, in_two_processes
 
 import fused
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo"),
-]
+pytestmark = pytest.mark.slow
 
 SHAPES = ((8, 3), (5, 4), (6,), (1, 2))  # 5 and 1 rows do not divide evenly
 
@@ -27,16 +22,7 @@ def full_values(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        torch.save(measure(), Path(folder) / f"{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
-
-
-def measure() -> dict[str, Any]:
+def measure(_: Path) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -69,7 +55,7 @@ def measure() -> dict[str, Any]:
         results[name]["clipped"] = [p.grad.full_tensor() if isinstance(p, DTensor) else p.grad for p in params]
 
     params = make()
-    if distributed.get_rank() == 1:
+    if dist.get_rank() == 1:
         params[0].grad.to_local()[0, 0] = math.inf  # one process alone sees it
     for unscale in (False, True):
         optimizer = fused.AdamW(params, lr=0.1)
@@ -87,12 +73,7 @@ def measure() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(measure, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("name, norm_type", [("2", 2.0), ("inf", math.inf)])
