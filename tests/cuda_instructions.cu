@@ -1,9 +1,11 @@
-// The update of float32 arithmetic with storage formats that the compiler knows, so that only what one of them runs is there.
+// The update of float32 arithmetic and the norm with formats that the compiler knows, so that only what one of them runs is
+// there.
 // Compiled by test_cuda_instructions.py, never launched.
 #include "cuda/operands.h"
 #undef FUSED_RULES
 #define FUSED_RULES(X) X(adam, Adam<false>)
 #include "cuda/update_mixed.cu"
+#include "cuda/reduce.cu"
 
 namespace fused::cuda {
 
@@ -35,5 +37,15 @@ COUNTED(kBFloat16, kRemainder16, kFloat32, kFloat32)
 COUNTED(kFloat16, kRemainder16, kFloat16, kFloat16)
 COUNTED(kFloat32, kNone, kBlock8Signed, kBlock8Unsigned)
 COUNTED(kBFloat16, kRemainder8, kBlock8Signed, kBlock8Unsigned)
+
+template <uint8_t FORMAT>
+__global__ void __launch_bounds__(kThreads) counted_norm(const void* grad, int n, double* value) {
+  double poison = 0.0;
+  value[threadIdx.x] = accumulate<SumOfSquares, SumOfWideSquares>(FORMAT, grad, 0, n, poison);
+}
+
+template __global__ void counted_norm<kFloat32>(const void*, int, double*);
+template __global__ void counted_norm<kBFloat16>(const void*, int, double*);
+template __global__ void counted_norm<kFloat16>(const void*, int, double*);
 
 }  // namespace fused::cuda

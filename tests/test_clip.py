@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import norms
 import pytest
 import torch
 from conftest import Backend
@@ -95,6 +96,12 @@ def test_two_calls_are_one(path: str) -> None:
     fused.clip_grads_with_norm_(twice, 0.7, norm)
     assert torch.equal(norm, expected)
     assert_close(grads_of(once), grads_of(twice))
+
+
+@pytest.mark.parametrize("dtype", norms.DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_norm_of_hard_gradients(backend: Backend, dtype: torch.dtype, norm_type: float) -> None:
+    norms.check(dtype, norm_type, backend.device, backend=backend.name)
 
 
 def test_float16_squares_do_not_overflow(path: str) -> None:

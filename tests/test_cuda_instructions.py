@@ -1,8 +1,9 @@
-"""How many instructions the CUDA update takes per element, by storage format, counted in the machine code.
+"""How many instructions the CUDA update and the norm take per element, by storage format, counted in the machine code.
 
 A GPU that moves the bytes of one element while it issues fewer instructions than these waits for its own arithmetic
 instead of its memory. An H200 issues 33e12 instructions of a lane a second and moves 4.8e12 bytes: 7 instructions to a
-byte, so 196 to the 28 bytes of AdamW in float32 and 98 to the 14 in bfloat16. Counts are kept in
+byte, so 196 to the 28 bytes of AdamW in float32 and 98 to the 14 in bfloat16. Of float64 there is to be none: consumer
+GPUs and B300 have two such instructions a clock and multiprocessor, 0.6e12 a second. Counts are kept in
 ``cuda_instructions.json``; growth fails. After a change that is meant: ``python tests/test_cuda_instructions.py``.
 """
 
@@ -20,7 +21,8 @@ SOURCE = Path(__file__).with_name("cuda_instructions.cu")
 TABLE = SOURCE.with_suffix(".json")
 ARCH = "90"
 ELEMENTS = 8
-"""Of a thread in one turn of the loop."""
+"""Of a thread in one turn of the update's loop."""
+NORM_ELEMENTS = {"float32": 16, "bfloat16": 32, "float16": 32}
 SLACK = 1.03
 """What another release of the compiler may take more."""
 
@@ -38,11 +40,20 @@ def count(folder: Path) -> dict[str, float]:
         if formats := re.search(r"counted(?:ILh(\d+)ELh(\d+)ELh(\d+)ELh(\d+)E)", name):
             param, master, first, second = (FORMATS[int(number)] for number in formats.groups())
             states = first if first == second else f"{first} and {second}"
-            found[" + ".join(filter(None, (param, master, f"states in {states}")))] = round(usual(code) / ELEMENTS, 1)
+            found[" + ".join(filter(None, (param, master, f"states in {states}")))] = per_element(code, ELEMENTS)
+        elif norm := re.search(r"counted_normILh(\d+)E", name):
+            grad = FORMATS[int(norm[1])]
+            found[f"norm of {grad}"] = per_element(code, NORM_ELEMENTS[grad])
     return dict(sorted(found.items()))
 
 
-def usual(code: str) -> int:
+def per_element(code: str, elements: int) -> float:
+    instructions = usual(code)
+    assert [text for text in instructions if re.search(r"F64|\bD(ADD|MUL|FMA|SETP)\b", text)] == []
+    return round(len(instructions) / elements, 1)
+
+
+def usual(code: str) -> list[str]:
     """The instructions of the longest loop, without what ordinary contents do not run.
 
     That is calls, which are the slow paths of divisions and roots; what is marked as rare; and what only those lead to.
@@ -68,7 +79,7 @@ def usual(code: str) -> int:
     entered = reached(first, {begin: to - rare for begin, to in ways.items()})
     back: dict[int, set[int]] = {begin: {at for at in blocks if begin in ways[at]} - rare for begin in blocks}
     home = reached(first, back)
-    return sum(blocks[begin] - begin for begin in entered & home)
+    return [instruction for begin in entered & home for instruction in text[begin : blocks[begin]]]
 
 
 def reached(start: int, ways: dict[int, set[int]]) -> set[int]:

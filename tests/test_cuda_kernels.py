@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import norms
 import oracle
 import pytest
 import torch
@@ -305,6 +306,12 @@ def test_norm(served: CudaOnCpu, norm_type: float, grad_dtype: torch.dtype) -> N
     assert torch.equal(before, optimizer.grad_norm)
 
 
+@pytest.mark.parametrize("grad_dtype", norms.DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_norm_of_hard_gradients(served: CudaOnCpu, norm_type: float, grad_dtype: torch.dtype) -> None:
+    norms.check(grad_dtype, norm_type, torch.device("cpu"))
+
+
 def test_clipping_scales_the_update(served: CudaOnCpu) -> None:
     (p,) = make_params((10_000,), F32)
     before = p.detach().clone()
@@ -575,7 +582,10 @@ PLANTED: dict[str, Defect] = {
     "round-too-short": ("update_chunk.h", "round < chunk.n; round +=", "round < chunk.n - 1; round +="),
     "whole-untold": ("update_plain.cu", " && chunk.n % storage.kElements == 0", ""),
     "rows-read-early": ("update_mixed.cu", "  __syncthreads();\n  if (!chunk.skip)", "  if (!chunk.skip)"),
-    "vectors-of-the-norm": ("reduce.cu", "const bool whole = n % V == 0 && ", "const bool whole = "),
+    "vectors-of-the-norm": ("reduce.cu", "left >= (kAtOnce - 1) * kStride + V", "left >= (kAtOnce - 1) * kStride"),
+    "rest-of-the-pair": ("squares.h", "double(high_) + double(low_) + wide_", "double(high_) + wide_"),
+    "squares-too-large": ("squares.h", "sum >= kLeast && sum < kMost", "sum >= kLeast && sum < kMost * kMost"),
+    "squares-too-small": ("squares.h", "sum >= kLeast && sum < kMost", "sum < kMost"),
     "lane-mask": (
         "blocks8_warp.h",
         "__shfl_xor_sync(kAllLanes, value, lanes, kBlockLanes)",
@@ -596,6 +606,7 @@ def run_selection(kernels: CudaOnCpu) -> None:
         kernels.order(order)
         dtype, grad_dtype, more = STORAGE[storage]
         assert_same(*both(fused.AdamW, {"lr": 0.01, **more, **options}, (1, 7, 1025, 2049, 70_001), dtype, grad_dtype))
+    norms.check(F32, 2.0, torch.device("cpu"))
     for order, dtype in itertools.product((FORWARD, REVERSE, RANDOM), (F32, F64)):
         kernels.order(order)
         params = make_params((300, 40_000), dtype)

@@ -155,3 +155,17 @@ def test_reduce(grad_format, maximum):
     from fused.backends.triton.ahead import compile_reduce
 
     assert "acq_rel" in compile_reduce(int(grad_format), maximum, 90).asm["ptx"]
+
+
+@pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="this Triton carries no disassembler")
+@pytest.mark.parametrize("grad_format", [Format.FLOAT32, Format.BFLOAT16, Format.FLOAT16])
+def test_norms_are_added_up_in_float32_from_wide_loads(grad_format, tmp_path):
+    from fused.backends.triton.ahead import compile_reduce
+
+    sass, _ = _disassembly(compile_reduce(int(grad_format), False, 90), tmp_path)
+    _check_spills(sass)
+    for instruction, expected in ((r"LDG\.E\S*\.128", _accesses([grad_format], 128)), ("FMUL", 8), ("FADD", 7)):
+        found = len(re.findall(rf"\b{instruction}\b", sass))
+        assert found >= expected, f"{found} {instruction}, not {expected}"
+    # Squares that float32 does not hold; without a path of their own there would be as many again.
+    assert len(re.findall(r"\bDMUL\b", sass)) <= ELEMENTS

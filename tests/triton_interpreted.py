@@ -6,6 +6,7 @@ Not collected by itself: the variable TRITON_INTERPRET has to be set before any 
 from __future__ import annotations
 
 import interpreted
+import norms
 import oracle
 import pytest
 import torch
@@ -91,6 +92,13 @@ def test_clipping(norm_type):
     torch.testing.assert_close(torch.stack(list(optimizer.grad_norms().values())), torch.tensor([0.0, *norms]))
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", norms.DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_norm_of_hard_gradients(dtype, norm_type):
+    norms.check(dtype, norm_type, CPU, length=3000, backend="triton")
 
 
 def test_skipped_step_changes_nothing():

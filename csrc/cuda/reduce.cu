@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "memory.h"
+#include "squares.h"
 
 namespace fused::cuda {
 namespace {
@@ -15,42 +16,50 @@ __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 // at the first: 64 bytes, and four blocks to a multiprocessor 64 KB; see fetch.h for what it takes.
 constexpr int kAtOnce = 4;
 
-template <bool WHOLE, class T, int V>
-__device__ __forceinline__ void fetch(const T* grad, int round, int n, T (&raw)[kAtOnce][V]) {
-#pragma unroll
-  for (int u = 0; u < kAtOnce; ++u) {
-    const int first = round + u * kThreads * V, left = n - first;
-    // Not load_elements of the one address that serves both: it takes registers.
-    if constexpr (WHOLE) load_vector<Reuse::kAgain>(grad + (left > 0 ? first : 0), raw[u]);  // of none the first, for nothing
-    else load_raw<Reuse::kAgain>(grad + first, count_of<V>(left), raw[u]);
-  }
-}
-
-template <class T, int V, class Convert>
-__device__ __forceinline__ double accumulate(const T* grad, int n, bool maximum, double& poison, Convert convert) {
-  static_assert(V * sizeof(T) == 16 && kSpan % (kAtOnce * kThreads * V) == 0, "");
-  double lane[V] = {};
-  const bool whole = n % V == 0 && reinterpret_cast<uintptr_t>(grad) % 16 == 0;
-  for (int round = int(threadIdx.x) * V; round < n; round += kAtOnce * kThreads * V) {
+// Adds up elements of storage type T, which `convert` makes numbers of type N, two vectors at a time.
+template <class Sum, class N, class T, class Convert>
+__device__ __forceinline__ double accumulate(const void* base, int64_t begin, int n, double& poison, Convert convert) {
+  constexpr int V = 16 / int(sizeof(T)), kStride = kThreads * V;
+  static_assert(kSpan % (kAtOnce * kStride) == 0 && kAtOnce % 2 == 0, "");
+  const T* grad = static_cast<const T*>(base) + begin;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0;
+  Sum sum;
+  for (int round = int(threadIdx.x) * V; round < n; round += kAtOnce * kStride) {
     T raw[kAtOnce][V];
-    if (whole) fetch<true>(grad, round, n, raw);
-    else fetch<false>(grad, round, n, raw);
+    const T* first = grad + round;
+    const int left = n - round;
+    if (aligned && left >= (kAtOnce - 1) * kStride + V) {
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (round + u * kThreads * V >= n) break;
+      for (int u = 0; u < kAtOnce; ++u) load_vector<Reuse::kAgain>(first + u * kStride, raw[u]);
+    } else {
+      FUSED_RARE();
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const double x = double(convert(raw[u][j]));
-        lane[j] = maximum ? max_nan(fabs(x), lane[j]) : fma_(x, x, lane[j]);
-        if constexpr (sizeof(T) == 8) poison += 0.0 * x;  // a square may overflow where the element does not
+      for (int u = 0; u < kAtOnce; ++u) load_raw<Reuse::kAgain>(first + u * kStride, count_of<V>(left - u * kStride), raw[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; u += 2) {
+      N x[2 * V];
+#pragma unroll
+      for (int j = 0; j < 2 * V; ++j) {
+        x[j] = convert(raw[u + j / V][j % V]);
+        if constexpr (sizeof(N) == 8) poison += 0.0 * x[j];  // a square may overflow where the element does not
       }
+      sum.add(x);
     }
   }
-#pragma unroll
-  for (int width = V / 2; width > 0; width /= 2)
-#pragma unroll
-    for (int j = 0; j < width; ++j) lane[j] = join(lane[j], lane[j + width], maximum);
-  return lane[0];
+  return sum.value();
+}
+
+template <class Sum, class WideSum>
+__device__ __forceinline__ double accumulate(uint8_t format, const void* base, int64_t begin, int n, double& poison) {
+  switch (format) {
+    case kFloat32: return accumulate<Sum, float, float>(base, begin, n, poison, [](float x) { return x; });
+    case kFloat64: return accumulate<WideSum, double, double>(base, begin, n, poison, [](double x) { return x; });
+    case kBFloat16:
+      return accumulate<Sum, float, unsigned short>(base, begin, n, poison, [](unsigned short x) { return bf16_to_float(x); });
+    default:
+      return accumulate<Sum, float, unsigned short>(base, begin, n, poison, [](unsigned short x) { return fp16_to_float(x); });
+  }
 }
 
 // One span of a gradient; the last block of a row adds up the row.
@@ -60,25 +69,13 @@ __device__ __forceinline__ void reduce_span(const ReduceArgs& args, const Piece&
   const int64_t left = row.tensor.numel - begin;
   const int n = left < kSpan ? int(left) : kSpan;
   const void* grad = args.grads[span.row];
-  double value = 0.0, poison = 0.0;
-  switch (row.tensor.grad_format) {
-    case kFloat32:
-      value = accumulate<float, 4>(static_cast<const float*>(grad) + begin, n, args.maximum, poison, [](float x) { return x; });
-      break;
-    case kFloat64:
-      value = accumulate<double, 2>(static_cast<const double*>(grad) + begin, n, args.maximum, poison, [](double x) { return x; });
-      break;
-    case kBFloat16:
-      value = accumulate<unsigned short, 8>(static_cast<const unsigned short*>(grad) + begin, n, args.maximum, poison,
-                                            [](unsigned short x) { return bf16_to_float(x); });
-      break;
-    default:
-      value = accumulate<unsigned short, 8>(static_cast<const unsigned short*>(grad) + begin, n, args.maximum, poison,
-                                            [](unsigned short x) { return fp16_to_float(x); });
-  }
+  const uint8_t format = row.tensor.grad_format;
+  double poison = 0.0;
+  double value = args.maximum ? accumulate<Largest<float>, Largest<double>>(format, grad, begin, n, poison)
+                              : accumulate<SumOfSquares, SumOfWideSquares>(format, grad, begin, n, poison);
   value = join_block(value, args.maximum);
-  if (row.tensor.grad_format == kFloat64) poison = join_block(poison, false);
-  bool nonfinite = !is_finite(row.tensor.grad_format == kFloat64 ? poison : value);  // as far as thread 0 knows
+  if (format == kFloat64) poison = join_block(poison, false);
+  bool nonfinite = !is_finite(format == kFloat64 ? poison : value);  // as far as thread 0 knows
 
   const unsigned spans = unsigned((row.tensor.numel + kSpan - 1) / kSpan);
   if (spans > 1u) {
