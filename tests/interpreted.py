@@ -15,6 +15,7 @@ def hasten():
     Triton's interpreter does so at every call of a function, which takes longer than all that the function computes.
     """
     patch = interpreter._patch_lang
+    patch_tensor = interpreter._patch_lang_tensor
     launch = interpreter.GridExecutor.__call__
     patched = set()
 
@@ -29,7 +30,13 @@ def hasten():
         patched.clear()  # undone after every launch
         return launch(self, *args, **kwargs)
 
+    def patch_tensor_and_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        # Triton up to 3.6 leaves the conversion to NumPy, whose releases from 2.4 on refuse an array of one element.
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     interpreter._patch_lang = patch_once
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.GridExecutor.__call__ = launch_anew
 
 
