@@ -12,7 +12,7 @@ import fused
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BETWEEN_FORMATS = (2.0**48, 2.0**49, 2.0**-40, 2.0**-41, 2.0**-42, 2.0**-64)
-"""Around where sums of four or eight squares become too large, or too small, for float32 to go on with."""
+"""Around where sums of eight or sixteen squares become too large, or too small, for float32 to go on with."""
 
 
 def gradients(dtype: torch.dtype, device: torch.device, length: int) -> list[Tensor]:

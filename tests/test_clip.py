@@ -21,7 +21,6 @@ INF = float("inf")
 READS = ("__get__", "is_conj", "is_neg", "is_complex", "numel", "conj", "detach", "requires_grad")
 """What is asked of every tensor, without work for a device."""
 SIZES = [(0,), (1,), (7,), (63,), (1023,), (65537,), (3, 5), (17, 31, 3), ()]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["extension", "torch"])
@@ -41,7 +40,9 @@ def parameter(grad: Tensor | None, like: Tensor | None = None) -> torch.nn.Param
     return param
 
 
-def random_params(seed: int = 0, dtypes: list[torch.dtype] = DTYPES, scale: float = 1.0) -> list[torch.nn.Parameter]:
+def random_params(
+    seed: int = 0, dtypes: list[torch.dtype] = norms.DTYPES, scale: float = 1.0
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     params = [
         parameter((torch.randn(shape, generator=generator) * scale).to(dtype)) for dtype in dtypes for shape in SIZES
@@ -285,7 +286,7 @@ def test_conjugated_and_negated_gradients(path: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, math.nan])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", norms.DTYPES)
 @pytest.mark.parametrize("norm_type", [2.0, INF])
 def test_nonfinite_as_torch(path: str, bad: float, dtype: torch.dtype, norm_type: float) -> None:
     def make() -> list[torch.nn.Parameter]:
@@ -306,7 +307,7 @@ def test_nonfinite_as_torch(path: str, bad: float, dtype: torch.dtype, norm_type
 
 
 def test_clip_value(path: str) -> None:
-    for dtype in DTYPES:
+    for dtype in norms.DTYPES:
         ours, theirs = random_params(4, [dtype]), random_params(4, [dtype])
         for params in (ours, theirs):
             params[0].grad = None

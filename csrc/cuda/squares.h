@@ -71,7 +71,7 @@ class Largest {
   template <int N>
   __device__ __forceinline__ void add(const T (&x)[N]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) most_ = max_nan(x[j] < T(0) ? -x[j] : x[j], most_);
+    for (int j = 0; j < N; ++j) most_ = max_nan(T(fabs(x[j])), most_);
   }
   __device__ __forceinline__ double value() const { return double(most_); }
 

@@ -165,13 +165,13 @@ def prologue(
 
 
 @triton.jit
-def _largest_bits(x):
-    """Bits of the largest magnitude, or of a NaN: as integers they are in the order of what they stand for."""
+def _largest(x):
+    """The largest magnitude, NaN if there is one: as integers the bits are in the order of what they stand for."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(bits, 0)
+    return tl.max(bits, 0).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def _reduce_chunk(
     """Sum of squares or largest magnitude, and 1 where not all is finite."""
     double: tl.constexpr = GRAD_FORMAT == FLOAT64
     g = load_as(tl.load(row + GRAD), offset, mask, GRAD_FORMAT, ACCESS, double)
-    largest = _largest_bits(g).to(tl.float64 if double else tl.float32, bitcast=True)
+    largest = _largest(g)
     if MAXIMUM:
         value = largest.to(tl.float64)
     elif double:
@@ -225,8 +225,7 @@ def _sum_rows(values, first, count, LANES: tl.constexpr, MAXIMUM: tl.constexpr):
         part = tl.load(at, mask=inside, other=0.0, volatile=True)
         nonfinite += tl.load(at + 1, mask=inside, other=0.0, volatile=True)
         value = tl.maximum(part, value, tl.PropagateNan.ALL) if MAXIMUM else value + part
-    total = _largest_bits(value).to(tl.float64, bitcast=True) if MAXIMUM else tl.sum(value, 0)
-    return total, tl.sum(nonfinite, 0)
+    return _largest(value) if MAXIMUM else tl.sum(value, 0), tl.sum(nonfinite, 0)
 
 
 @triton.jit(do_not_specialize=["first", "row_count", "live_rows"])
